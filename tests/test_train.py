@@ -1,0 +1,250 @@
+"""
+train.py as users run it: what moves in each stage, that the loss curve does not depend on how a batch is cut, and that an
+interrupted run ends where an uninterrupted one does.
+
+    python -m pytest tests/test_train.py
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import Llava
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ["align", "sft", "d2d", "d2s", "pd"]
+
+
+def flags(world, stage, out_dir, **more):
+    student = {"d2s": "dense", "pd": "sparse"}.get(stage, "dense")
+    settings = dict(stage=stage, student=world / student, data=world / ("pairs.json" if stage == "pd" else "rows.json"),
+                    image_dir=world / "images", out_dir=out_dir, batch_size=8, micro_batch_size=8, max_steps=4,
+                    learning_rate=1e-2, warmup_ratio=0.25, dtype="float32", device="cpu", log_every=1)
+    if stage in train.WITH_TEACHER:
+        settings["teacher"] = world / "teacher"
+    settings |= more
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def records(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return dict(Llava.from_pretrained(folder).named_parameters())
+
+
+def command_line(arguments, nproc=None):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    return [sys.executable, *torchrun, str(ROOT / "train.py"), *arguments]
+
+
+def run(arguments, nproc=None):
+    return subprocess.run(command_line(arguments, nproc), capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exactly_what_the_stage_trains_moves(world, tmp_path, stage):
+    before_teacher = weights(world / "teacher")
+    train.main(flags(world, stage, tmp_path, max_steps=1, warmup_ratio=0.0))
+    if stage == "d2s":     # compare with the upcycled student that the stage began with
+        from moe import upcycle
+        start = Llava.from_pretrained(world / "dense")
+        upcycle(start, 4, 2, "even", True, seed=0)
+        before = dict(start.named_parameters())
+    else:
+        before = weights(world / ("sparse" if stage == "pd" else "dense"))
+    after = weights(tmp_path)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {
+        "align": lambda n: n.startswith("adaptor."),
+        "sft": lambda n: n.startswith(("adaptor.", "decoder.")),
+        "d2d": lambda n: n.startswith(("adaptor.", "decoder.")),
+        "d2s": lambda n: n.startswith("adaptor.") or ".experts." in n or ".router." in n,
+        "pd": lambda n: n.startswith("adaptor.") or ".experts." in n or ".router." in n,
+    }[stage]
+    assert moved == {name for name in before if expected(name)}
+    after_teacher = weights(world / "teacher")
+    assert all(torch.equal(before_teacher[name], after_teacher[name]) for name in before_teacher)
+
+
+def test_the_teacher_in_memory_never_changes(world, tmp_path, monkeypatch):
+    seen = {}
+    original = Llava.from_pretrained.__func__
+
+    def watched(cls, path, **more):
+        llava = original(cls, path, **more)
+        if Path(path).name == "teacher":
+            seen["teacher"], seen["before"] = llava, {n: p.clone() for n, p in llava.named_parameters()}
+        return llava
+
+    monkeypatch.setattr(Llava, "from_pretrained", classmethod(watched))
+    train.main(flags(world, "d2s", tmp_path, max_steps=2))
+    teacher = seen["teacher"]
+    assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(torch.equal(p, seen["before"][n]) for n, p in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_same_loss_curve_however_the_batch_is_cut(world, tmp_path, stage):
+    """1 process, gradient accumulation, and 2 gloo processes: 1e-5. The rows include text-only ones."""
+    train.main(flags(world, stage, tmp_path / "one"))
+    train.main(flags(world, stage, tmp_path / "accumulated", micro_batch_size=2))
+    done = run(flags(world, stage, tmp_path / "two", micro_batch_size=1), nproc=2)
+    assert done.returncode == 0, done.stderr
+    curves = {name: records(tmp_path / name) for name in ("one", "accumulated", "two")}
+    for name in ("accumulated", "two"):
+        for a, b in zip(curves["one"], curves[name], strict=True):
+            for key in a.keys() - {"tokens_per_s", "seconds"}:
+                torch.testing.assert_close(torch.tensor(b[key]), torch.tensor(a[key]), rtol=1e-5, atol=1e-5,
+                                           msg=lambda m: f"{name} step {a['step']} {key}: {m}")
+
+
+def test_experts_without_tokens_do_not_stop_two_processes(world, tmp_path):
+    """A router that sends everything to two experts of four, the other two idle: the gradients are zero, not missing."""
+    student = Llava.from_pretrained(world / "sparse")
+    with torch.no_grad():
+        for i in student.config.text.sparse_layers:
+            # the norm in front makes the hidden state's sign vary, so bias by a direction present in every token
+            norm, router = student.decoder.blocks[i].ffn_norm, student.decoder.blocks[i].ffn.router
+            norm.weight.zero_()                                      # all tokens look the same: logits 0 everywhere
+            router.weight.zero_()                                    # a tie, and top-k takes the same two each time
+    student.save_pretrained(tmp_path / "idle")
+    for name, nproc, micro in (("one", None, 8), ("two", 2, 2)):
+        done = run(flags(world, "pd", tmp_path / name, student=tmp_path / "idle", micro_batch_size=micro, max_steps=2), nproc)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        loads = torch.tensor(a["text_load"])                         # (layers, E)
+        assert ((loads == 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("stage", ["d2s", "pd"])
+def test_killed_and_resumed_is_bit_for_bit_the_same(world, tmp_path, stage):
+    more = dict(max_steps=6, save_every=3)
+    train.main(flags(world, stage, tmp_path / "whole", **more))
+    arguments = flags(world, stage, tmp_path / "killed", **more)
+    # run until the save at step 3 is there, then SIGKILL; the log may be ahead of the save
+    process = subprocess.Popen(command_line(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not (tmp_path / "killed" / "state" / "state.pt").is_file():
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for x, y in zip(records(tmp_path / "whole"), records(tmp_path / "killed"), strict=True):
+        assert {k: v for k, v in x.items() if "second" not in k and k != "tokens_per_s"} == \
+               {k: v for k, v in y.items() if "second" not in k and k != "tokens_per_s"}
+    again = run(arguments)
+    assert again.returncode == 0 and "finished already" in again.stdout
+
+
+def test_resuming_with_other_settings_is_refused(world, tmp_path):
+    train.main(flags(world, "align", tmp_path, max_steps=1))
+    done = run(flags(world, "align", tmp_path, max_steps=1, learning_rate=1e-3))
+    assert done.returncode == 2 and "learning_rate=0.01" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_one_batch_overfits(world, tmp_path):
+    """The whole path learns: a student with every weight free memorises eight rows."""
+    (tmp_path / "eight.json").write_text(json.dumps(json.loads((world / "rows.json").read_text())[:8]))
+    train.main(flags(world, "sft", tmp_path / "out", data=tmp_path / "eight.json", max_steps=40, log_every=20))
+    log = records(tmp_path / "out")
+    assert log[-1]["loss"] < 0.2 * log[0]["loss"]
+
+
+def test_kl_is_zero_when_the_teacher_is_the_student(world, tmp_path):
+    train.main(flags(world, "d2d", tmp_path, teacher=world / "dense", max_steps=1))
+    assert abs(records(tmp_path)[0]["kd"]) < 1e-6
+
+
+def test_dpo_is_log_2_when_the_teacher_is_the_student(world, tmp_path):
+    train.main(flags(world, "pd", tmp_path, teacher=world / "sparse", max_steps=1))
+    record = records(tmp_path)[0]
+    assert record["preference"] == pytest.approx(0.693147, abs=1e-5) and record["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_vit_runs_once_per_image(world, tmp_path, monkeypatch):
+    from model import VisionTower
+    images = []
+    original = VisionTower.forward
+    monkeypatch.setattr(VisionTower, "forward", lambda self, pixels: images.append(len(pixels)) or original(self, pixels))
+    train.main(flags(world, "pd", tmp_path, max_steps=1))
+    import data
+    expected = 0
+    pairs = json.loads((world / "pairs.json").read_text())
+    teacher = Llava.from_pretrained(world / "teacher")
+    dataset = data.PreferenceData([(str(world / "pairs.json"), 1.0)], str(world / "images"), teacher.tokenizer, "vicuna", 4, 28, 2048)
+    for row in data.Sampler(dataset.lengths, 8, 0, dataset.sources).batch(0):
+        expected += 2 if isinstance(pairs[row].get("image"), list) else int("image" in pairs[row])
+    assert sum(images) == expected
+
+
+BAD_SETTINGS = [
+    (dict(stage="d3s"), "stage is 'd3s', expected one of align, sft, d2d, d2s, pd"),
+    (dict(lerning_rate=1.0), "did you mean learning_rate?"),
+    (dict(learning_rate="fast"), "expected float"),
+    (dict(batch_size=9), "batch_size=9 is not a multiple of micro_batch_size=8"),
+    (dict(batch_size=64, micro_batch_size=64), "fewer than batch_size=64"),
+    (dict(teacher=""), "stage d2s learns from a teacher"),
+    (dict(student="nowhere"), "nowhere/config.json: no such file"),
+    (dict(data="nowhere.json"), "nowhere.json"),
+    (dict(image_dir="nowhere"), "nowhere"),
+    (dict(moe_layers="odd"), "moe_layers='odd' is not known"),
+    (dict(moe_layers="0,7"), "layer numbers must lie between 0 and 2"),
+    (dict(top_k=5), "top_k=5 must lie between 1 and num_experts=4"),
+    (dict(preference_loss="dpo"), "expected one of sigmoid"),
+    (dict(vision="clip"), "give either student"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_SETTINGS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_bad_settings_end_in_one_line(world, tmp_path, change, message):
+    """In-process for speed: the same errors as the command line's, whose exit code the next test checks."""
+    from configurator import ConfigError
+    with pytest.raises((ConfigError, train.DataError, train.CheckpointError)) as caught:
+        train.main(flags(world, **(dict(stage="d2s", out_dir=tmp_path / "out") | change)))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings_exit_with_2_and_one_line(world, tmp_path):
+    done = run(flags(world, "d2s", tmp_path, lerning_rate=1.0))
+    assert done.returncode == 2
+    assert done.stderr == "error: --lerning_rate: unknown key 'lerning_rate'; did you mean learning_rate?\n"
+
+
+def test_teacher_of_another_tokenizer_or_template_is_refused(world, tmp_path):
+    teacher = Llava.from_pretrained(world / "teacher")
+    teacher.tokenizer.add_tokens(["zebra"])
+    teacher.save_pretrained(tmp_path / "words")
+    with pytest.raises(train.CheckpointError, match="their tokenizers differ"):
+        train.main(flags(world, "d2d", tmp_path / "out", teacher=tmp_path / "words"))
+    teacher = Llava.from_pretrained(world / "teacher")
+    teacher.config.template = "chatml"
+    teacher.save_pretrained(tmp_path / "chatml")
+    with pytest.raises(train.CheckpointError, match="template is 'chatml' and 'vicuna'"):
+        train.main(flags(world, "d2d", tmp_path / "out", teacher=tmp_path / "chatml"))
+
+
+def test_bfloat16_runs_every_stage(world, tmp_path):
+    """The real recipe's dtype: frozen weights and products in bf16, what learns in fp32; the loss stays near fp32's."""
+    for stage in STAGES:
+        train.main(flags(world, stage, tmp_path / f"{stage}32", max_steps=1))
+        train.main(flags(world, stage, tmp_path / f"{stage}16", max_steps=1, dtype="bfloat16"))
+        a, b = records(tmp_path / f"{stage}32")[0], records(tmp_path / f"{stage}16")[0]
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05)

@@ -1,0 +1,24 @@
+# Stage 2, dense-to-dense mimic distillation: the whole dense student imitates the teacher's distributions (eq. 6).
+#
+#   torchrun --nproc_per_node=16 train.py config/d2d.py
+#
+# Reproduces: row "Stage-2" of Table 11. Hardware: 16 A100s of 80 GB.
+# Where the sources disagree:
+#   batch     main text 256, Table 11 128, script 1 x 8 x GPUs = 128 at 16 GPUs        -> Table 11
+#   loss      eq. 6 prints minus the forward KL; text and code mean plus               -> KL(teacher || student)
+#   mask      the code distils one position late                                       -> the shifted, right one
+#   AdamW     Table 11 betas (0.9, 0.98), eps 1e-6; scripts: torch's defaults          -> Table 11
+#   rows      paper 2.4M; the files that the official guide names add up to about 2.7M -> whatever you list below
+stage = "d2d"
+student = "out/2b/align"
+teacher = "out/teacher/sft"     # Qwen1.5-7B, see teacher_sft.py
+data = "data/d2d/share_captioner.json,data/d2d/allava_caption_laion.json,data/d2d/svit_lvis_lrv_mimicit.json"
+image_dir = "data/images"
+out_dir = "out/2b/d2d"
+
+batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches; 2.4M rows / 128 = 18,750 steps
+micro_batch_size = 2
+learning_rate = 2e-5
+max_length = 2048
+num_workers = 4
+save_every = 1000

@@ -1,0 +1,20 @@
+# The baseline of Table 6: the same student and data as d2d.py, taught by cross-entropy on the data's own answers.
+#
+#   torchrun --nproc_per_node=16 train.py config/sft.py
+#   torchrun --nproc_per_node=16 train.py config/d2s.py --student=out/2b/sft --kd_weight=0.0 --out_dir=out/2b/sft_sparse
+#
+# The second line makes it sparse on the data of d2s.py, again without the teacher's help, so that both students have seen
+# the same rows. (The official script for this baseline passes the module names of another Qwen and may have trained the
+# routers only; Table 6 could be affected.) Hardware: 16 A100s of 80 GB.
+stage = "sft"
+student = "out/2b/align"
+data = "data/d2d/share_captioner.json,data/d2d/allava_caption_laion.json,data/d2d/svit_lvis_lrv_mimicit.json"
+image_dir = "data/images"
+out_dir = "out/2b/sft"
+
+batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches, as in d2d.py
+micro_batch_size = 2
+learning_rate = 2e-5
+max_length = 2048
+num_workers = 4
+save_every = 1000

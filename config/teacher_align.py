@@ -1,0 +1,24 @@
+# The teacher, first half: LLaVA-1.5's pretraining of the adaptor, with Qwen1.5-7B as the language model.
+#
+#   torchrun --nproc_per_node=16 train.py config/teacher_align.py
+#
+# Reproduces: LLaVA-1.5's recipe (arXiv 2310.03744) with another LLM, which is all that the paper says of its teachers.
+# Hardware: 16 A100s of 80 GB (nothing but the adaptor has gradients).
+# LLaVA uses a bare caption without a conversation here; we use the template of all other stages, so that one checkpoint
+# has one template.
+stage = "align"
+vision = "weights/openai/clip-vit-large-patch14-336"
+llm = "weights/Qwen/Qwen1.5-7B"
+template = "vicuna"             # the student's: distillation compares token by token
+data = "data/align/blip_laion_cc_sbu_558k.json"
+image_dir = "data/align/images"
+out_dir = "out/teacher/align"
+
+batch_size = 256                # 16 GPUs x 8 rows x 2 micro-batches; 558,128 rows / 256 = 2,180 steps
+micro_batch_size = 8
+learning_rate = 1e-3
+beta2 = 0.999                   # LLaVA-1.5's AdamW, not the paper's Table 11
+eps = 1e-8
+max_length = 2048
+num_workers = 8
+save_every = 500

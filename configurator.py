@@ -61,7 +61,7 @@ def run_config_file(path):
                           "check the path (a setting is written --key=value)") from None
     except SyntaxError as error:
         raise ConfigError(f"{path} line {error.lineno}: syntax error, {error.msg}") from None
-    except Exception as error:  # it is a program, so anything can go wrong in it; the last of its own lines is to blame
+    except Exception as error:  # a program can fail in any way; we blame the last of its own lines that ran
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         place = f"{path} line {lines[-1]}" if lines else path
         raise ConfigError(f"{place}: {type(error).__name__}, {' '.join(str(error).split())}") from None

@@ -1,23 +1,23 @@
-"""
+r"""
 From files on disk to padded tensors: everything that happens before the model sees a batch.
 
 A training row is a conversation about some images:
 
     {"id": "7", "image": "cat.jpg", "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is on the mat?"},
+        {"from": "human", "value": "<image>\nWhat is on the mat?"},
         {"from": "gpt",   "value": "A cat."}]}
 
-and it becomes one sequence of token ids plus a mask of the same length (the `vicuna` template, 3 tokens per image):
+and it becomes one sequence of token ids with a mask of the same length (here per character, and with 3 image tokens):
 
-    A chat between ... questions. USER: <image><image><image>\\nWhat is on the mat? ASSISTANT: A cat.<|endoftext|>
-    0 0 0 ........................................................................ 0 0 0 0     1 1 1 1
+    A chat between ... USER: <image><image><image>\nWhat is on the mat? ASSISTANT: A cat.<|endoftext|>
+    00000000000000000000000000000000000000000000000000000000000000000000000000000011111111111111111111
 
 The mask is the whole point. Only what the assistant says, and the token with which it stops, is ever learned or
-distilled; system text, questions and image positions are context. Getting the mask wrong by one token is the classic
-silent bug of this trade, so exactly one function, `render`, owns it. Look at its work with `show(ids, mask, tokenizer)`.
+distilled; system text, questions and image positions are context. A mask that is one token off is the classic
+silent bug of this trade, so one function, `render`, owns it. See its work with `show(ids, mask, tokenizer)`.
 
 Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. files to datasets, 4. samples to batches,
-5. the order in which batches come. B = batch, T = tokens, N = images of a batch, S = image side in pixels.
+5. the order of batches. B = batch, T = tokens, N = images of a batch, S = image side in pixels.
 """
 import itertools
 import json
@@ -35,15 +35,15 @@ from torch.utils.data import DataLoader
 class DataError(ValueError):
     """The user's data is wrong; one line says which file and row, what was found there and what to do."""
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 # 1. Conversations to ids and mask
 
 IMAGE = "<image>"  # where an image stands in the text; render repeats it once per patch, as Hugging Face does
 
-# A template is five strings. {} takes the question or the answer; the model learns answer + end, and nothing else.
+# A template is five strings; {} takes the question or the answer. Learned is answer + end, and nothing else.
 TEMPLATES = {
     # Vicuna's layout with Qwen's end token: what LLaVA-MoD trains with (its code calls it "qwen"). The prompt stops
-    # right after "ASSISTANT:", so the space in front of the answer belongs to the answer: BPE glues it to the first word.
+    # right after "ASSISTANT:", and the space that follows belongs to the answer: BPE glues it to the first word.
     "vicuna": {
         "start": "A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
@@ -69,19 +69,19 @@ def render(conversations: list[dict], tokenizer: Tokenizer, template: str = "vic
     A conversation -> (ids, mask), two lists of the same length; the mask is 1 on answers and their end tokens.
 
     We write the text turn by turn and note, character by character, which of it the assistant has to write itself.
-    Then the whole text is tokenised once, so the ids are what Hugging Face's processor gives for the same text, and a
-    token is learned if its first character is. (Tokenising piece by piece instead differs where two pieces fuse: in
-    chatml an answer that starts with a newline merges with the template's own newline into one token, "\\n\\n".)
+    Then the whole text is tokenised once, so that the ids are what Hugging Face's processor gives for it, and a
+    token is learned if its first character is. (Tokenising piece by piece is not the same where pieces fuse: a
+    chatml answer that starts with a newline makes one token, "\\n\\n", with the newline of the template.)
 
-    A conversation that ends with a question gives a generation prompt, ending where the assistant starts to speak.
-    An empty answer is legal: the model then learns to stop at once.
+    A conversation that ends with a question gives a generation prompt: it stops where the assistant is to speak.
+    An empty answer is legal, and teaches the model to stop at once.
     """
     if template not in TEMPLATES:
         raise DataError(f"unknown template {template!r}, expected one of {', '.join(TEMPLATES)}")
     layout = TEMPLATES[template]
     check_turns(conversations)
 
-    text, learned = layout["start"], bytearray(len(layout["start"]))  # one byte of `learned` per character of `text`
+    text, learned = layout["start"], bytearray(len(layout["start"]))  # one byte of learned per character of text
     for turn in conversations:
         value = turn["value"].replace(IMAGE, IMAGE * image_tokens)
         if turn["from"] == "human":
@@ -99,7 +99,7 @@ def render(conversations: list[dict], tokenizer: Tokenizer, template: str = "vic
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        raise DataError("the text holds a lone surrogate (\\ud800 to \\udfff), which is no character; remove it") from None
+        raise DataError("the text holds a lone surrogate (\\ud800 to \\udfff), not a character; remove it") from None
     return encoding.ids, [learned[start] for start, _ in encoding.offsets]
 
 
@@ -121,8 +121,9 @@ def check_turns(conversations):
 def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
     """Print a sample: what the model has to learn in green, a run of image tokens as <image>×576."""
     image_id = tokenizer.token_to_id(IMAGE)
-    for (is_image, is_learned), run in itertools.groupby(zip(ids, mask), lambda pair: (pair[0] == image_id, pair[1])):
-        run = [token for token, _ in run]
+    kinds = [(token == image_id, is_learned) for token, is_learned in zip(ids, mask)]
+    for (is_image, is_learned), run in itertools.groupby(range(len(ids)), key=lambda t: kinds[t]):
+        run = [ids[t] for t in run]
         text = f"{IMAGE}×{len(run)}" if is_image else tokenizer.decode(run, skip_special_tokens=False)
         print(f"\033[32m{text}\033[0m" if is_learned else text, end="")
     print()
@@ -133,20 +134,20 @@ def shorten(value):
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 # 2. Images to pixels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)  # (122, 116, 104): about 0 once normalised, so CLIP sees "nothing"
+PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)  # (122, 116, 104), nearly 0 once normalised
 
 
 def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> torch.Tensor:
     """
     A PIL image -> (3, size, size) float32, as CLIP was trained to see it.
 
-    CLIP's own recipe scales the short edge to `size` and crops the middle, which throws away the ends of a wide photo.
-    LLaVA-1.5 first pads to a square (pad=True), and then nothing is lost: small text at the edge can still be read.
+    CLIP's own recipe scales the short edge to `size` and crops the middle, which loses the ends of a wide photo.
+    LLaVA-1.5 pads to a square first (pad=True): smaller, but all there.
     """
     image = to_rgb(image)
     width, height = image.size
@@ -168,7 +169,7 @@ def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> to
 
 
 def to_rgb(image):
-    """Any PIL mode to RGB. Transparency shows white, as in transformers; a bare convert("RGB") would show the hidden colours."""
+    """Any PIL mode to RGB. What is transparent becomes white, as in transformers: the colour hidden there is junk."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -182,11 +183,11 @@ def load_image(path: str) -> Image.Image:
             return to_rgb(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes: OSError, SyntaxError, struct.error ...
-        message = " ".join(str(error).split())
-        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {message}); replace the file") from None
+    except Exception as error:  # broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path}: not a readable image ({reason}); replace the file") from None
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 # 3. Files to datasets
 
 
@@ -194,8 +195,8 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     """
     "a.json:0.5,b.jsonl" -> [("a.json", 0.5), ("b.jsonl", 1.0)]: files to mix, each with its weight (default 1).
 
-    A file with weight w gives round(w * rows) of its rows to an epoch: below 1 a random subset, drawn anew each epoch;
-    above 1 every row floor(w) times, and a random subset once more.
+    A file of weight w gives round(w * rows) of its rows to an epoch: below 1 a random subset, drawn anew each epoch;
+    above 1 all rows floor(w) times, and a random subset once more.
     """
     sources = []
     for item in text.split(","):
@@ -207,8 +208,8 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
             except ValueError:
                 weight = math.nan
             if not path.endswith((".json", ".jsonl")) or not 0 < weight < math.inf:
-                raise DataError(f"data: found {item!r}, expected FILE.json, FILE.jsonl or FILE.json:WEIGHT with a weight "
-                                "above 0; separate several by commas")
+                raise DataError(f"data: found {item!r}, expected FILE.json, FILE.jsonl or FILE.json:WEIGHT "
+                                "with a weight above 0; separate several by commas")
         sources.append((path, weight))
     return sources
 
@@ -228,8 +229,9 @@ def read_rows(path: str) -> list:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except json.JSONDecodeError as error:
+        place = f"{path} line {line or error.lineno}"
         hint = "; one object per line? then name the file .jsonl" if error.msg == "Extra data" and not line else ""
-        raise DataError(f"{path} line {line or error.lineno}: malformed JSON, {error.msg} at column {error.colno}{hint}") from None
+        raise DataError(f"{place}: malformed JSON, {error.msg} at column {error.colno}{hint}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, a million brackets
         place = f"{path} after line {line}" if line else path
         raise DataError(f"{place}: malformed JSON, {' '.join(str(error).split())}") from None
@@ -249,12 +251,13 @@ def image_names(value):
 
 class RowData(torch.utils.data.Dataset):
     """
-    What both datasets share: read all files, check every row, and learn the lengths, before any training starts.
+    What both datasets share: read all files, check every row and learn its length, before any training starts.
 
-    An instruction row is one conversation, a preference row is two about the same images; a subclass says how to get
-    them out of a raw row (`parse`) and what to do with one that is too long (`fit`). A row that is *wrong* stops
-    everything with a DataError that names it. A row that is right but unusable (too long, or nothing to learn in it) is
-    cut or dropped, and counted: `notes` holds a line about each such group, which the caller should print.
+    An instruction row is one conversation, a preference row is two about the same images. A subclass says how to
+    get them out of a raw row (`parse`), and what to do with a sequence that is too long (`fit`).
+
+    A row that is *wrong* stops everything with a DataError that names it. A row that is right but unusable, too
+    long or without anything to learn, is cut or dropped, and counted: print `notes`, one line for each such group.
 
     rows      [(image paths, conversations)], the rows kept
     lengths   tokens of each row kept, image tokens included; for a pair, of its longer side
@@ -266,8 +269,8 @@ class RowData(torch.utils.data.Dataset):
         self.image_dir, self.tokenizer, self.template = image_dir, tokenizer, template
         self.image_tokens, self.image_size, self.max_length = image_tokens, image_size, max_length
         self.rows, self.lengths, self.sources, self.notes = [], [], [], []
-        seen, total = set(), 0  # image files known to exist
-        cut, too_long, silent = [], [], []  # rows to report
+        seen, total = set(), 0  # image files known to exist; rows read
+        cut, too_long, silent = [], [], []  # where the rows stand that we report
 
         for path, weight in files:
             first = len(self.rows)
@@ -297,9 +300,9 @@ class RowData(torch.utils.data.Dataset):
             self.sources.append((first, len(self.rows), weight))
 
         if cut or too_long:
-            self.notes.append(f"{len(cut) + len(too_long):,} of {total:,} rows are longer than max_length={max_length}: "
-                              f"{len(cut):,} cut, {len(too_long):,} dropped since {self.why_dropped} "
-                              f"(first: {(too_long + cut)[0]})")
+            long = len(cut) + len(too_long)
+            self.notes.append(f"{long:,} of {total:,} rows are longer than max_length={max_length}: {len(cut):,} cut, "
+                              f"{len(too_long):,} dropped since {self.why_dropped} (first: {(too_long + cut)[0]})")
         if silent:
             self.notes.append(f"{len(silent):,} of {total:,} rows have no answer to learn from and are dropped "
                               f"(first: {silent[0]})")
@@ -314,7 +317,8 @@ class RowData(torch.utils.data.Dataset):
         """As many <image> as images, and every file there. Whether it can be decoded shows when it is used."""
         holes = sum(turn["value"].count(IMAGE) for turn in conversation)
         if holes != len(names):
-            raise DataError(f"{holes} {IMAGE} in the text but {len(names)} images in the row; each image needs its {IMAGE}")
+            raise DataError(f"{holes} {IMAGE} in the text but {len(names)} images in the row; "
+                            f"each image needs its own {IMAGE}")
         for name in names:
             path = os.path.join(self.image_dir, name)
             if path not in seen and not os.path.isfile(path):
@@ -330,7 +334,7 @@ class RowData(torch.utils.data.Dataset):
 
 class InstructionData(RowData):
     """
-    LLaVA's instruction rows: {"id", "image": name or [names], "conversations": [turns]}; text-only rows have no "image".
+    LLaVA's instruction rows: {"id", "image": name or [names], "conversations": [turns]}; "image" may be absent.
 
     A row longer than max_length is cut on the right, as long as it keeps all its image tokens and something to learn.
     """
@@ -355,11 +359,11 @@ class InstructionData(RowData):
 
 class PreferenceData(RowData):
     """
-    Pairs of answers to the same question: {"id", "image", "chosen": [turns], "rejected": [turns]}, or RLAIF-V's columns
-    ("question", "chosen" and "rejected" as plain strings, "image" or "image_path"), where we put the image first.
+    Two answers to one question: {"id", "image", "chosen": [turns], "rejected": [turns]}, or RLAIF-V's own columns,
+    "question", "chosen" and "rejected" (plain strings) and "image" or "image_path", where we put the image first.
 
-    A pair that does not fit max_length is dropped, never cut: log-probabilities are summed over the whole answer, and a
-    cut answer is another answer.
+    A pair that does not fit max_length is dropped, never cut: the loss compares the summed log-probabilities of whole
+    answers, and a cut answer is another answer.
     """
     why_dropped = "a cut answer is another answer"
 
@@ -372,14 +376,14 @@ class PreferenceData(RowData):
             names = image_names(raw["image"] if "image" in raw else raw.get("image_path"))
             question = raw.get("question")
             if not isinstance(question, str):
-                raise DataError(f'"question" is {shorten(question)}, expected a text beside a "chosen" that is a text')
+                raise DataError(f'"question" is {shorten(question)}, expected a text, as "chosen" is one')
             ask = {"from": "human", "value": f"{IMAGE}\n" * len(names) + question}
             return names, [[ask, {"from": "gpt", "value": answer}] for answer in (chosen, rejected)]
 
         check_turns(chosen)
         check_turns(rejected)
         if [turn["value"] for turn in chosen[0::2]] != [turn["value"] for turn in rejected[0::2]]:
-            raise DataError('the human turns of "chosen" and "rejected" differ; a pair is two answers to one question')
+            raise DataError('the human turns of "chosen" and "rejected" differ; a pair answers one question twice')
         return image_names(raw.get("image")), [chosen, rejected]
 
     def fit(self, ids, mask):
@@ -391,21 +395,20 @@ class PreferenceData(RowData):
         return {"chosen_ids": chosen_ids, "chosen_mask": chosen_mask,
                 "rejected_ids": rejected_ids, "rejected_mask": rejected_mask, "images": self.load_images(paths)}
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 # 4. Samples to batches
 
 
 def collate(samples: list[dict], pad_token_id: int) -> dict:
     """
-    B samples -> input_ids (B, T) long, mask (B, T) bool, pixel_values (N, 3, S, S) or None if no row has an image.
+    B samples -> input_ids (B, T) long, mask (B, T) bool, pixel_values (N, 3, S, S), or None if no row has an image.
 
-    Rows are padded on the right, so positions need no correction and causal attention never looks at padding. The N
-    images stand in reading order, row after row: the model deals them out to the image tokens in that same order.
+    Rows are padded on the right: positions need no correction then, and causal attention never looks at padding.
+    The N images stand in reading order, row after row; the model deals them out to the image tokens in that order.
     """
-    images = [image for sample in samples for image in sample["images"]]
-    input_ids = pad_right([sample["input_ids"] for sample in samples], pad_token_id)
-    mask = pad_right([sample["mask"] for sample in samples], 0).bool()
-    return {"input_ids": input_ids, "mask": mask, "pixel_values": torch.stack(images) if images else None}
+    return {"input_ids": pad_right([sample["input_ids"] for sample in samples], pad_token_id),
+            "mask": pad_right([sample["mask"] for sample in samples], 0).bool(),
+            "pixel_values": stack_images(samples)}
 
 
 def collate_pairs(samples: list[dict], pad_token_id: int) -> dict:
@@ -415,11 +418,10 @@ def collate_pairs(samples: list[dict], pad_token_id: int) -> dict:
     pixel_values holds the images of each pair once: the vision tower sees them once, and the caller repeats their
     features for the second half.
     """
-    images = [image for sample in samples for image in sample["images"]]
-    input_ids = [sample[f"{side}_ids"] for side in ("chosen", "rejected") for sample in samples]
-    mask = [sample[f"{side}_mask"] for side in ("chosen", "rejected") for sample in samples]
-    return {"input_ids": pad_right(input_ids, pad_token_id), "mask": pad_right(mask, 0).bool(),
-            "pixel_values": torch.stack(images) if images else None}
+    sides = [(sample, side) for side in ("chosen", "rejected") for sample in samples]
+    return {"input_ids": pad_right([sample[f"{side}_ids"] for sample, side in sides], pad_token_id),
+            "mask": pad_right([sample[f"{side}_mask"] for sample, side in sides], 0).bool(),
+            "pixel_values": stack_images(samples)}
 
 
 def pad_right(rows, value):
@@ -428,19 +430,24 @@ def pad_right(rows, value):
         out[i, :len(row)] = torch.tensor(row)
     return out
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+def stack_images(samples):
+    images = [image for sample in samples for image in sample["images"]]
+    return torch.stack(images) if images else None  # (N, 3, S, S)
+
+# --------------------------------------------------------------------------------------------------------------
 # 5. The order of batches
 
 
 class Sampler:
     """
-    Which rows form the global batch of step 0, 1, 2, ...: a pure function of (seed, step), so the position in the data
-    is just the step, and a resumed run continues with the very batch that the interrupted one would have had.
+    Which rows form the global batch of step 0, 1, 2, ...: a pure function of (seed, step). So the position in the
+    data is just the step, and a resumed run goes on with the very batch that the interrupted one would have had.
 
-    An epoch draws its rows (see `parse_sources` for weights), shuffles them, and takes them 50 batches at a time: each
-    such stretch is sorted by length and cut into batches, and then all batches of the epoch are shuffled. Rows of one
-    batch are thus of similar length, which saves padding, while which rows meet remains random. Every batch has
-    exactly batch_size rows; the few rows left over at the end of an epoch are dropped, different ones each time.
+    An epoch draws its rows (see `parse_sources` for weights), shuffles them, and takes them 50 batches at a time:
+    each such stretch is sorted by length and cut into batches, and then all batches of the epoch are shuffled. So
+    rows of one batch are of similar length, which saves padding, while it stays random which rows meet. A batch has
+    exactly batch_size rows; the few left over at the end of an epoch are dropped, other ones each time.
     """
     STRETCH = 50  # batches sorted together: more means less padding and less chance
 
@@ -451,10 +458,10 @@ class Sampler:
                 raise DataError(f"{name}={value}, expected at least {least}")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.sources = sources or [(0, len(lengths), 1.0)]
-        self.rows_per_epoch = sum(round(weight * (stop - start)) for start, stop, weight in self.sources)
-        self.steps_per_epoch = self.rows_per_epoch // batch_size
+        rows_per_epoch = sum(round(weight * (stop - start)) for start, stop, weight in self.sources)
+        self.steps_per_epoch = rows_per_epoch // batch_size
         if self.steps_per_epoch == 0:
-            raise DataError(f"an epoch has {self.rows_per_epoch} rows, fewer than batch_size={batch_size}; "
+            raise DataError(f"an epoch has {rows_per_epoch} rows, fewer than batch_size={batch_size}; "
                             "lower batch_size or give more data")
         self._epoch, self._batches = None, None  # the epoch worked out last
 
@@ -488,6 +495,7 @@ class Sampler:
                 "sources": [list(source) for source in self.sources]}
 
     def load_state_dict(self, state: dict) -> None:
+        """Check that this is the sampler whose state was saved; there is nothing else to restore."""
         for key, now in self.state_dict().items():
             if state.get(key) != now:
                 raise DataError(f"the interrupted run had {key}={state.get(key)}, this one has {key}={now}; "
@@ -496,17 +504,17 @@ class Sampler:
 
 def micro_batches(rows: list[int], micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """
-    The share of a global batch that this rank works through, cut into passes of micro_batch_size rows.
+    This rank's share of a global batch, cut into passes of micro_batch_size rows.
 
-    `rows` come sorted by length, and neighbouring cuts go to different ranks, so that in every pass the ranks have rows
-    of about the same length and none waits long for the others. With 2 ranks of 2 rows each: 0 0 1 1 0 0 1 1.
+    `rows` come sorted by length, and neighbouring cuts go to different ranks: in every pass the ranks have rows of
+    about the same length, and none waits long for the others. 2 ranks with passes of 2 rows own 0 0 1 1 0 0 1 1.
     """
     if micro_batch_size < 1:
         raise DataError(f"micro_batch_size={micro_batch_size}, expected at least 1")
     at_once = micro_batch_size * world_size
     if len(rows) % at_once:
-        raise DataError(f"batch_size={len(rows)} is not a multiple of micro_batch_size={micro_batch_size} x {world_size} "
-                        f"ranks = {at_once}; try batch_size={math.ceil(len(rows) / at_once) * at_once}")
+        raise DataError(f"batch_size={len(rows)} is not a multiple of micro_batch_size={micro_batch_size} x "
+                        f"{world_size} ranks = {at_once}; try batch_size={math.ceil(len(rows) / at_once) * at_once}")
     starts = range(rank * micro_batch_size, len(rows), at_once)
     return [rows[start:start + micro_batch_size] for start in starts]
 
@@ -516,14 +524,14 @@ def batches(dataset: RowData, sampler: Sampler, micro_batch_size: int, rank: int
     """
     Yield, for each step from start_step to end_step - 1, the list of this rank's collated micro-batches.
 
-    With num_workers > 0, torch's DataLoader decodes images in as many processes, which keep ahead of the training step.
+    With num_workers > 0, torch's DataLoader decodes images in as many processes, which keep ahead of the training.
     """
     def wanted():
         for step in range(start_step, end_step):
             yield from micro_batches(sampler.batch(step), micro_batch_size, rank, world_size)
 
-    # batch_size=None: `wanted` says which rows go together. The DataLoader draws a seed for its workers; from a generator
-    # of its own, so that the global random state, which resuming restores, is left alone.
+    # batch_size=None: `wanted` already says which rows go together. The DataLoader draws a seed for its workers; it
+    # gets a generator of its own for that, to leave the global random state as it was.
     loader = DataLoader(MicroBatches(dataset, collate_fn), sampler=wanted(), batch_size=None, collate_fn=as_it_is,
                         num_workers=num_workers, generator=torch.Generator())
     step = []
@@ -537,8 +545,10 @@ def batches(dataset: RowData, sampler: Sampler, micro_batch_size: int, rank: int
 
 
 class MicroBatches:
-    """dataset[rows] -> the collated rows. A DataError is handed over as a value: raised inside a worker process, it would
-    reach the user wrapped in torch's traceback instead of as its one line."""
+    """
+    dataset[rows] -> those rows, collated. A DataError is handed over as a value: raised inside a worker process, it
+    would reach the user wrapped in torch's traceback instead of as its one line.
+    """
 
     def __init__(self, dataset, collate_fn):
         self.dataset, self.collate_fn = dataset, collate_fn

@@ -22,7 +22,6 @@ objects in text, 6. asking a chat model, 7. the benchmarks, 8. the report.
 """
 import argparse
 import base64
-import binascii
 import csv
 import difflib
 import hashlib
@@ -143,12 +142,6 @@ def wait_for_all(world):
         dist.barrier()
 
 
-def job_of(question):
-    """Questions with the same image and words are one job, answered once (POPE has 9,000 questions and 5,127 jobs)."""
-    image = hashlib.sha256(question.image).hexdigest() if isinstance(question.image, bytes) else str(question.image)
-    return hashlib.sha256(json.dumps([image, question.asked]).encode()).hexdigest()[:32]
-
-
 def load_pixels(question, size, crop):
     if isinstance(question.image, Path):
         image = load_image(str(question.image))
@@ -169,7 +162,7 @@ def settings_of(benchmark, args):
     if not weights:
         raise EvaluationError(f"--model: {args.model} holds no *.safetensors file; give the folder of a checkpoint")
     written = time.gmtime(max(file.stat().st_mtime for file in weights))
-    questions = hashlib.sha256("".join(job_of(question) for question in benchmark.questions).encode())
+    questions = hashlib.sha256("".join(benchmark.job(question) for question in benchmark.questions).encode())
     return {"model": str(args.model), "weights_written": time.strftime("%Y-%m-%d %H:%M:%S", written),
             "questions": questions.hexdigest()[:12], "crop": args.crop, "dtype": args.dtype, "beams": 1, "temperature": 0,
             "max_new_tokens": benchmark.max_new_tokens, "suffix": benchmark.suffix, **benchmark.switches}
@@ -203,7 +196,7 @@ def answer(benchmark, llava, args, rank, world):
         collect_partial_answers(folder)
     wait_for_all(world)
     answered = read_partial_answers(folder / "answers.partial.jsonl")
-    jobs = {job_of(question): question for question in questions}
+    jobs = {benchmark.job(question): question for question in questions}
     todo = {job: question for job, question in jobs.items() if job not in answered}
     if rank == 0:
         earlier = f", {len(jobs) - len(todo):,} of them answered earlier" if len(todo) < len(jobs) else ""
@@ -216,9 +209,10 @@ def answer(benchmark, llava, args, rank, world):
         answered = collect_partial_answers(folder)
         rows = []
         for i, question in enumerate(questions):
-            text = benchmark.tidy(question, answered[job_of(question)])
+            text = benchmark.tidy(question, answered[benchmark.job(question)])
             rows.append({"question_id": question.id, "prompt": question.prompt, "text": text,
-                         "answer_id": f"{benchmark.name}-{i}", "model_id": str(args.model), "metadata": {}})
+                         "answer_id": f"{benchmark.name}-{i}", "model_id": str(args.model), "metadata": {},
+                         **benchmark.extra_columns(question)})
         write_lines(folder / "answers.jsonl", rows)
         (folder / "answers.partial.jsonl").unlink()
     wait_for_all(world)
@@ -293,52 +287,54 @@ def collect_partial_answers(folder):
     return answers
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Reading files. They come from many places, so each is checked while it is read.
+# 3. Reading and writing files. Benchmark files come from many places, so each is checked while it is read.
+
+
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); check --data, the README says what goes where") from None
+    except ValueError:
+        raise EvaluationError(f"{path}: is not UTF-8 text; replace the file") from None
 
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); check --data, the README says which files go where") from None
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path} line {error.lineno}: malformed JSON, {error.msg}") from None
-    except ValueError:
-        raise EvaluationError(f"{path}: not UTF-8 text") from None
+        raise EvaluationError(f"{path} line {error.lineno}: malformed JSON, {error.msg}; replace the file") from None
 
 
-def read_lines(path):
-    """JSON Lines -> [("file line 3", row), ...]; blank lines do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); check --data, the README says which files go where") from None
-    except ValueError:
-        raise EvaluationError(f"{path}: not UTF-8 text") from None
+def read_rows(path):
+    """A JSON list or JSON Lines, told apart by the first character -> [("where", row)]."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        return [(f"{path} row {i}", row) for i, row in enumerate(read_json(path))]
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append((f"{path} line {number}", json.loads(line)))
-            except ValueError as error:
-                raise EvaluationError(f"{path} line {number}: malformed JSON, {' '.join(str(error).split())}") from None
+            except json.JSONDecodeError as error:
+                raise EvaluationError(f"{path} line {number}: malformed JSON, {error.msg}; correct the line") from None
     return rows
 
 
 def need(row, key, kind, where):
     """row[key], which has to be there and of that type."""
     value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        found = json.dumps(row.get(key) if isinstance(row, dict) else row, default=repr, ensure_ascii=False)
+    if not isinstance(value, kind) or isinstance(value, bool):
         names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        raise EvaluationError(f'{where}: "{key}" should be {names}, found {found[:60]}')
+        found = json.dumps(value if isinstance(row, dict) and key in row else row, default=repr, ensure_ascii=False)[:60]
+        raise EvaluationError(f'{where}: "{key}" should be there as {names}, found {found}; correct the row')
     return value
 
 
 def write_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", newline="")
     os.replace(beside, path)
 
 
@@ -347,29 +343,19 @@ def write_lines(path, rows):
 
 
 def read_answers(path, benchmark):
-    """
-    An answer file -> ({key: text}, settings). JSON Lines, or a JSON list where a benchmark's official format is one.
-    `settings` is how the answers were made, if the file says so in every line's metadata, as ours do; else None.
-    """
-    is_list = path.is_file() and path.read_text(encoding="utf-8", errors="replace").lstrip().startswith("[")
-    if is_list:
-        rows = [(f"{path} row {i}", row) for i, row in enumerate(read_json(path))]
-    else:
-        rows = read_lines(path)
+    """An answer file -> {key of the question: text}. Some questions may have no answer; no answer may lack its question."""
     known = {question.key for question in benchmark.questions}
-    texts, first_at, settings = {}, {}, []
-    for i, (where, row) in enumerate(rows):
+    texts, first_at = {}, {}
+    for i, (where, row) in enumerate(read_rows(path)):
         key, text = benchmark.read_answer(row, where, i)
-        shown = key[0] if isinstance(key, tuple) else key
+        shown = " ".join(key) if isinstance(key, tuple) else key
         if key in texts:
-            raise EvaluationError(f"{where}: question {shown} is already answered in {first_at[key]}; keep one of the two")
+            raise EvaluationError(f"{where}: question {shown} has its answer in {first_at[key]} already; keep one of the two")
         if key not in known:
-            raise EvaluationError(f"{where}: question {shown} is not among the {len(known):,} of {benchmark.name}; "
-                                  "is this the answer file of another benchmark or release?")
+            raise EvaluationError(f"{where}: question {shown} is none of the {len(known):,} of {benchmark.name}; is this the "
+                                  "answer file of another benchmark or release?")
         texts[key], first_at[key] = text, where
-        settings.append(row.get("metadata"))
-    same = settings and settings[0] and all(each == settings[0] for each in settings)
-    return texts, settings[0] if same else None
+    return texts
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The normaliser of the VQA family ("EvalAI" or "M4C" processor), and soft accuracy
@@ -379,13 +365,13 @@ NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four
            "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 # A word that lacks one of its apostrophes gets it back: dont -> don't, couldnt've and couldn'tve -> couldn't've.
 CONTRACTED = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've isn't it'd
-    it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's
-    someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas
-    wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're
-    why's won't would've wouldn't y'all you'd you'll you're you've
-    couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
-    there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
+    isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+    somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
+    they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've
+    who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+    couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+    something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
     y'all'd've 'ow's'at""".split()
 CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in CONTRACTED for i, letter in enumerate(word) if letter == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}  # sic
@@ -393,10 +379,9 @@ CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"} 
 
 def normalise(text: str) -> str:
     """
-    >>> normalise("The 1,000 dogs."), normalise("red,white"), normalise("a.m."), normalise("What's"), normalise("top-left - two")
-    ('1000 dogs', 'redwhite', 'am', "what 's", 'topleft 2')
+    "The 1,000 dogs." -> "1000 dogs", "red,white" -> "redwhite", "a.m." -> "am", "What's" -> "what 's", "two-way" -> "two way".
 
-    The order of the steps is part of the rule: commas are gone before punctuation is looked at, so none becomes a space.
+    The order of the steps is part of the rule: commas have gone before punctuation is looked at, so none becomes a space.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -411,8 +396,8 @@ def normalise(text: str) -> str:
 
 def soft_accuracy(answer: str, golds: list[str]) -> float:
     """
-    Mean over annotators of min(matches among the *other* annotators / 3, 1). With ten annotators of whom k agree with the answer:
-    k = 0, 1, 2, 3, 4 gives 0, 0.3, 0.6, 0.9, 1. All strings normalised already.
+    The mean over annotators of min(matches among the *others* / 3, 1), for normalised strings. If k of ten annotators gave
+    the answer, k = 0, 1, 2, 3, 4 scores 0, 0.3, 0.6, 0.9, 1.
     """
     scores = []
     for i in range(len(golds)):  # left out by position: equal answers of two annotators are still two answers
@@ -423,32 +408,36 @@ def soft_accuracy(answer: str, golds: list[str]) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Nouns and COCO objects in a text (Object HalBench, AMBER)
 
-# The official scorers look nouns up in WordNet. We have no WordNet, so a noun is known if the benchmark's own vocabulary has it,
-# which is all that scoring needs. Endings are WordNet's. Its surprises come along: "men" is a word of its own there and
-# never becomes "man", "vases" becomes "vas" (a duct), the shortest candidate.
-ENDINGS = [("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")]
-IRREGULAR = {"children": "child", "geese": "goose", "knives": "knife", "mice": "mouse", "oxen": "ox",
+# The official scorers look nouns up in WordNet. We have none, so a noun is known if the benchmark's own vocabulary has it,
+# and that is all that scoring asks. Endings are WordNet's, and its surprises come along: "men" is a word of its own there
+# and never becomes "man"; of several singulars it takes the shortest, which turns "vases" into "vas", a duct.
+ENDINGS = [("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
+           ("men", "man"), ("ies", "y")]
+IRREGULAR = {"children": "child", "geese": "goose", "knives": "knife", "mice": "mouse", "oxen": "ox", "calves": "calf",
              "men": "men", "vases": "vas", "sports": "sport"}
 
 
-def lemma(word: str, vocabulary) -> str:
-    """The singular of a noun if the vocabulary has one, else the word itself: buses -> bus, women -> woman, men -> men."""
+def lemma(word: str, vocabulary: set[str]) -> str:
+    """The singular of a noun that the vocabulary knows, else the word itself: buses -> bus, women -> woman, men -> men."""
     if word in IRREGULAR:
         return IRREGULAR[word]
-    candidates = [word[:len(word) - len(end)] + new for end, new in ENDINGS if word.endswith(end)]
-    candidates = [candidate for candidate in [word] + candidates if candidate in vocabulary]
-    return min(candidates, key=len, default=word)
+    candidates = [word] + [word.removesuffix(end) + new for end, new in ENDINGS if word.endswith(end)]
+    return min((candidate for candidate in candidates if candidate in vocabulary), key=len, default=word)
 
 
 def word_tokens(text: str) -> list[str]:
-    """Lower-case words and punctuation marks, each a token: a comma between two words keeps them from becoming one object."""
+    """Words in lower case, and punctuation marks: a comma between two words keeps them from becoming one object."""
     return re.findall(r"[^\W_]+(?:[-/][^\W_]+)*|'s\b|[^\w\s]", text.lower())
 
 
-# The 80 categories of COCO in its own order, each followed by words that mean it. Ours; a `synonyms.txt` of this very format
-# in the benchmark's folder takes its place, which is what numbers for publication should use.
+# COCO's 80 categories in its order, each with words that mean it. The table is ours. A `synonyms.txt` of this format in the
+# benchmark's folder takes its place, and for a number beside the paper's, it should.
 SYNONYMS = """
-person, man, woman, boy, girl, child, children, kid, baby, toddler, infant, people, adult, teenager, lady, gentleman, guy, male, female, mother, father, brother, sister, son, daughter, grandmother, grandfather, pedestrian, passenger, rider, driver, cyclist, bicyclist, biker, skier, snowboarder, skateboarder, surfer, skater, swimmer, player, batter, pitcher, catcher, umpire, athlete, spectator, student, teacher, worker, policeman, policewoman, officer, cop, soldier, fireman, firefighter, chef, cook, waiter, waitress, farmer, cowboy, bride, groom, doctor, nurse, customer, shopper, tourist, traveler, hiker
+person, man, woman, boy, girl, child, children, kid, baby, toddler, infant, people, adult, teenager, lady, gentleman, \
+guy, male, female, mother, father, brother, sister, son, daughter, pedestrian, passenger, rider, driver, cyclist, \
+bicyclist, biker, skier, snowboarder, skateboarder, surfer, skater, swimmer, player, batter, pitcher, catcher, umpire, \
+athlete, spectator, student, teacher, worker, policeman, policewoman, officer, cop, soldier, fireman, firefighter, chef, \
+cook, waiter, waitress, farmer, cowboy, bride, groom, doctor, nurse, customer, shopper, tourist, traveler, hiker
 bicycle, bike, tricycle, unicycle
 car, automobile, sedan, suv, van, minivan, hatchback, coupe, jeep, limousine, limo, taxi, cab, taxicab
 motorcycle, motorbike, motor bike, motor cycle, scooter, moped
@@ -457,19 +446,20 @@ bus, minibus, trolley
 train, locomotive, tram
 truck, pickup, lorry, firetruck
 boat, ship, sailboat, motorboat, speedboat, rowboat, canoe, kayak, yacht, ferry, raft, dinghy, gondola
-traffic light, street light, traffic signal, stop light, streetlight, stoplight
+traffic light, traffic signal, street light, stop light, streetlight, stoplight
 fire hydrant, hydrant
 stop sign
 parking meter
 bench, pew
-bird, duck, goose, swan, gull, seagull, pigeon, dove, parrot, owl, eagle, hawk, ostrich, penguin, flamingo, crow, sparrow, turkey, chicken, rooster, hen, peacock
+bird, duck, goose, swan, gull, seagull, pigeon, dove, parrot, owl, eagle, hawk, ostrich, penguin, flamingo, crow, \
+sparrow, turkey, chicken, rooster, hen, peacock
 cat, kitten, kitty
 dog, puppy, pup
 horse, pony, foal, colt, mare, stallion
 sheep, lamb, ram, ewe, goat
 cow, cattle, calf, bull, ox, heifer
 elephant
-bear, panda, polar bear, teddy
+bear, panda, polar bear
 zebra
 giraffe
 backpack, knapsack, rucksack
@@ -489,7 +479,7 @@ surfboard, longboard
 tennis racket, racket, racquet
 bottle
 wine glass, wineglass
-cup, mug, glass
+cup, mug
 fork
 knife, pocketknife
 spoon, teaspoon
@@ -525,22 +515,31 @@ book
 clock
 vase
 scissors
-teddy bear, teddybear
-hair drier, hairdryer, hair dryer
+teddy bear, teddybear, teddy
+hair drier, hair dryer, hairdryer
 toothbrush
 """
+
+# What a chat model may put around a noun when it lists objects. Any other word passes for a noun.
+NOT_NOUNS = set("""
+    a an the this that these those some any several many few two three four five six seven eight nine ten one other another
+    of in on at by with without near under over behind beside between and or for from to its his her their
+    red green blue yellow black white brown gray grey pink purple golden dark light bright colorful colourful
+    big small large little tiny huge tall short long wide narrow old young new empty full open closed round square
+    wooden metallic striped spotted parked standing sitting walking running playing smiling""".split())
 
 
 class CocoWords:
     """
-    Finds COCO objects in text: "two dogs and a baby elephant" -> ["dog", "elephant"]. Made from a synonym table, one category a line.
+    Finds COCO's objects: "Two dogs, a hot dog and a baby elephant." -> ["dog", "hot dog", "elephant"].
 
-    `double` joins two neighbouring words before any single word is looked at. A hot dog is then no dog, a train track no train,
-    and the seat of a toilet no chair. Only pairs are joined: "stove top oven" never is, and its words count one by one.
+    Two neighbouring words that are one thing are joined first, so that a hot dog is no dog, a train track no train, and a
+    toilet seat no chair. Only pairs are joined: "stove top oven" never is, and its words count one by one.
     """
 
     def __init__(self, table: str):
-        self.category, self.double = {}, {"home plate": "home plate", "train track": "train track"}
+        self.category = {}  # word -> COCO category
+        self.double = {"home plate": "home plate", "train track": "train track"}  # pair -> the thing it stands for
         for line in table.strip().splitlines():
             words = [word.strip() for word in line.split(",") if word.strip()]
             for word in words:
@@ -552,51 +551,40 @@ class CocoWords:
         for vehicle in ("jet", "train"):
             self.double[f"passenger {vehicle}"] = vehicle
         self.double |= {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
-        self.known = {part for word in [*self.category, *self.double] for part in word.split()}
+        self.vocabulary = {part for word in [*self.category, *self.double] for part in word.split()}
 
     def lemmas(self, text: str) -> list[str]:
-        return [lemma(token, self.known) for token in word_tokens(text)]
-
-    def join_doubles(self, words: list[str]) -> list[str]:
-        joined, i = [], 0
-        while i < len(words):
-            pair = " ".join(words[i:i + 2])
-            joined.append(self.double.get(pair, words[i]))
-            i += 2 if pair in self.double else 1
-        return joined
+        return [lemma(token, self.vocabulary) for token in word_tokens(text)]
 
     def categories(self, words: list[str]) -> list[str]:
-        """Words, doubles joined -> the category of each that has one. A word that comes twice counts twice."""
+        """Those of the words, doubles joined, that stand for something. A word that comes twice counts twice."""
         if "toilet" in words and "seat" in words:
             words = [word for word in words if word != "seat"]
         return [self.category[word] for word in words if word in self.category]
 
     def in_text(self, text: str) -> list[str]:
-        return self.categories(self.join_doubles(self.lemmas(text)))
+        words, joined, i = self.lemmas(text), [], 0
+        while i < len(words):
+            pair = " ".join(words[i:i + 2])
+            joined.append(self.double.get(pair, words[i]))
+            i += 2 if pair in self.double else 1
+        return self.categories(joined)
 
     def in_list(self, objects: list[str]) -> list[str]:
         """
-        Objects that a chat model listed -> categories. Each string is read as a noun phrase: its double words if it has any, else each
-        run of nouns as *one* object, so that an office chair is not a chair; every object counts once. The official code finds
-        nouns with a language model, we take every word for a noun that is not in the short list NOT_NOUNS.
+        The same for a list of objects from a chat model. A string counts for its double words if it has any, else for each
+        run of nouns as *one* thing, so that an office chair is no chair; and nothing counts twice. The official code finds
+        nouns with a language package, we with NOT_NOUNS.
         """
-        found = []
+        found = {}  # a dict for its order
         for phrase in objects:
             words = self.lemmas(phrase)
             names = [self.double[pair] for pair in map(" ".join, zip(words, words[1:])) if pair in self.double]
             if not names:
-                runs = " ".join("|" if word in NOT_NOUNS or not word[0].isalnum() else word for word in words).split("|")
-                names = [run.strip() for run in runs if run.strip()]
-            found += [name for name in dict.fromkeys(names) if name not in found]
-        return self.categories(found)
-
-
-NOT_NOUNS = set("""
-    a an the this that these those some any several many few two three four five six seven eight nine ten one other another its his her their
-    of in on at by with without near under over behind beside between and or for from to
-    red green blue yellow black white brown gray grey pink purple orange-colored golden silver dark light bright colorful
-    big small large little tiny huge tall short long wide narrow old young new empty full open closed round square
-    wooden metallic leather-bound striped spotted parked standing sitting walking running playing smiling""".split())
+                marked = ["|" if word in NOT_NOUNS or not word[0].isalnum() else word for word in words]
+                names = [run.strip() for run in " ".join(marked).split("|") if run.strip()]
+            found |= dict.fromkeys(names)
+        return self.categories(list(found))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Asking a chat model (MMHal's judge, Object HalBench's extraction)
@@ -604,8 +592,8 @@ NOT_NOUNS = set("""
 
 class ChatModel:
     """
-    An OpenAI-compatible endpoint. Every reply is appended to `path` as soon as it is there, and a prompt that has its reply in
-    that file is never sent again. Without an endpoint, the file is all there is: replies that came by other means can be put there.
+    An OpenAI-compatible endpoint and the file of its replies. A reply is in the file as soon as it is there, and what has its
+    reply in the file is never asked again. Without an endpoint the file is all there is: replies may be written into it.
     """
 
     def __init__(self, args, path, temperature):
@@ -615,49 +603,50 @@ class ChatModel:
             if not os.environ.get(args.judge_key_env):
                 raise EvaluationError(f"--judge_key_env: the environment variable {args.judge_key_env} is not set; put the key there")
             self.headers["Authorization"] = f"Bearer {os.environ[args.judge_key_env]}"
-        self.replies, self.models = {}, set()
-        for where, row in read_lines(path) if path.exists() else []:
-            prompt, reply = need(row, "prompt", str, where), row.get("reply")
-            if reply is not None and (self.model is None or row.get("model") == self.model):
-                self.replies[prompt] = need(row, "reply", str, where)
-                self.models.add(row.get("model"))
+        self.replies = {}  # prompt -> (model, reply)
+        for where, row in read_rows(path) if path.exists() else []:
+            prompt = need(row, "prompt", str, where)
+            if row.get("reply") is not None and self.model in (None, row.get("model")):
+                self.replies[prompt] = row.get("model"), need(row, "reply", str, where)
 
-    def ask(self, prompt: str) -> str:
+    def ask(self, prompt):
         if prompt not in self.replies:
-            self.replies[prompt] = self.send(prompt)
-            self.models.add(self.model)
+            self.replies[prompt] = self.model, self.send(prompt)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"model": self.model, "prompt": prompt, "reply": self.replies[prompt]}, ensure_ascii=False) + "\n")
-        return self.replies[prompt]
+                row = {"model": self.model, "prompt": prompt, "reply": self.replies[prompt][1]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return self.replies[prompt][1]
+
+    def write_down(self, prompts):
+        """The file without an endpoint: what has its reply, and what waits for one."""
+        rows = [{"model": model, "prompt": prompt, "reply": reply} for prompt, (model, reply) in self.replies.items()]
+        write_lines(self.path, rows + [{"model": None, "prompt": prompt, "reply": None} for prompt in prompts])
 
     def send(self, prompt):
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
-                "temperature": self.temperature, "max_tokens": 512}
         url = self.url.rstrip("/") + "/chat/completions"
-        for pause in (1, 2, 4, 8, None):
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 512,
+                "temperature": self.temperature}
+        for pause in (1, 2, 4, 8, None):  # seconds to wait, while the trouble may pass
             try:
                 response = requests.post(url, json=body, headers=self.headers, timeout=60)
-                if response.status_code == 200:
-                    reply = response.json()["choices"][0]["message"]["content"]
-                    if isinstance(reply, str):
-                        return reply
-                    trouble = "the reply has no text"
-                else:
-                    trouble = f"HTTP {response.status_code} {' '.join(response.text.split())[:100]}"
-                    if response.status_code < 500 and response.status_code not in (408, 429):
-                        break  # a wrong key or model name does not get better by waiting
-            except requests.exceptions.Timeout:
+            except requests.Timeout:
                 trouble = "no reply within 60 s"
-            except requests.exceptions.InvalidJSONError:
-                trouble = "the reply is not JSON"
-            except requests.exceptions.RequestException as error:
-                trouble = f"{type(error).__name__}, no connection"
-            except (ValueError, KeyError, IndexError, TypeError):
-                trouble = "the reply is not a chat completion"
+            except requests.RequestException as error:
+                trouble = f"no reply ({type(error).__name__})"
+            else:
+                try:
+                    reply = response.json()["choices"][0]["message"]["content"]
+                except (ValueError, KeyError, IndexError, TypeError):
+                    reply = None
+                if response.status_code == 200 and isinstance(reply, str):
+                    return reply
+                trouble = f"HTTP {response.status_code} and no chat completion: {' '.join(response.text.split())[:80]!r}"
+                if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+                    break  # a wrong key or model name does not get better by waiting
             if pause:
                 time.sleep(pause)
-        raise EvaluationError(f"--judge_url={self.url}: {trouble}; {len(self.replies)} replies are kept in {self.path}, "
+        raise EvaluationError(f"--judge_url: {url} gave {trouble}; {len(self.replies)} replies are kept in {self.path}, "
                               "run the same command again to go on")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -670,64 +659,79 @@ LETTER_CN = "请直接回答选项字母。"
 
 class Benchmark:
     """
-    What the eleven share. Each subclass says where its files are, and defines
-        load()                  -> [Question], from the official files, gold answers attached
-        score(questions, texts) -> (numbers, [(parsed, gold, score), ...]), one triple per question
+    What all eleven share. A subclass says where its files are and what the official settings are, and defines
+        load()                  -> [Question], from the official files, with the gold answers
+        score(questions, texts) -> (numbers, [(parsed, gold, score)]), one triple per question
     """
     folder = ""
-    max_new_tokens = 128           # the official setting
-    suffix = SHORT                 # for the protocol; what the model reads is in each Question
-    columns = {}                   # column of the report -> key of `numbers`
+    max_new_tokens = 128
+    suffix = SHORT  # of the prompt
 
     def __init__(self, name, args):
         self.name, self.args, self.root = name, args, args.data / self.folder
         self.max_new_tokens = args.max_new_tokens or self.max_new_tokens
-        self.files = {}            # file -> its rows, for the protocol
-        self.switches = {}         # options of this benchmark that change what the model reads
-        self.protocol = {}         # options that change how it is scored
+        self.files = {}     # file -> number of rows,           all three for the protocol:
+        self.switches = {}  # what changes the question that the model reads
+        self.protocol = {}  # what changes the score of an answer
         self.set_up()
         self.questions = self.load()
         first_at = {}
         for question in self.questions:
             if question.key in first_at:
-                raise EvaluationError(f"{question.where}: question_id {question.id!r} stands already in {first_at[question.key]}")
+                raise EvaluationError(f"{question.where}: question_id {question.id!r} stands already in "
+                                      f"{first_at[question.key]}; every question needs its own")
             first_at[question.key] = question.where
         if not self.questions:
-            raise EvaluationError(f"{self.root}: found no {name} question; check --data")
+            raise EvaluationError(f"{self.root}: the question file of {name} is empty; check --data")
 
     def set_up(self):
         pass
 
-    def json(self, name):
+    def json(self, name, kind):
+        """The content of a JSON file, which has to be a list or a dict."""
         content = read_json(self.root / name)
-        self.files[str(name)] = len(content)
+        if not isinstance(content, kind):
+            raise EvaluationError(f"{self.root / name}: should hold a JSON {kind.__name__}, found a {type(content).__name__}")
+        self.files[name] = len(content)
         return content
 
-    def lines(self, name):
-        rows = read_lines(self.root / name)
-        self.files[str(name)] = len(rows)
+    def rows(self, name):
+        """JSON Lines, or a JSON list -> [("where", row)]."""
+        rows = read_rows(self.root / name)
+        self.files[name] = len(rows)
         return rows
 
     def llava_questions(self, name, image_folder):
-        """The question files of LLaVA's evaluation package, which carry the prompt suffix already."""
+        """The question files of LLaVA's evaluation package; their text ends with the prompt suffix already."""
         questions = []
-        for where, row in self.lines(name):
-            id = need(row, "question_id", (str, int), where)
-            text = need(row, "text", str, where)
+        for where, row in self.rows(name):
+            id, text = need(row, "question_id", (str, int), where), need(row, "text", str, where)
             image = self.root / image_folder / need(row, "image", str, where)
             questions.append(Question(id, str(id), text, text, image, where, about=row))
         return questions
+
+    def job(self, question):
+        """Questions with the same image and words are one job, answered once: POPE's 9,000 questions are 5,127 jobs."""
+        image = question.image
+        if isinstance(image, Path):
+            image = os.path.relpath(image, self.root).encode()
+        asked = question.asked.encode()
+        return hashlib.sha256(hashlib.sha256(image or b"").digest() + asked).hexdigest()[:32]
 
     def read_answer(self, row, where, index):
         """A row of an answer file -> (key of its question, text)."""
         return str(need(row, "question_id", (str, int), where)), need(row, "text", str, where)
 
     def tidy(self, question, text):
-        """The model's words -> what goes into the answer file."""
+        """The model's words -> the text in the answer file."""
         return text
 
+    def extra_columns(self, question):
+        """Of the answer file, where the official format has more than the usual six."""
+        return {}
+
     def submission(self, questions, texts):
-        """{file name: content} for an official server or tool, written beside the answers."""
+        """{file name: content}, for an official server or tool."""
         return {}
 
 
@@ -743,60 +747,68 @@ def mean(values):
     values = list(values)
     return sum(values) / len(values) if values else 0.0
 
+
+def accuracy(scores):
+    return {"accuracy": 100 * mean(scores), "correct": int(sum(scores)), "rows": len(scores)}
+
+
+def decode_base64(text, where):
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise EvaluationError(f"{where}: the image should be base64 text, found {text[:40]!r}; replace the file") from None
+
 # --- GQA --------------------------------------------------------------------------------------------------------------
 
 
 class GQA(Benchmark):
-    """Test-dev, balanced: 12,578 questions; the answer has to equal the gold string."""
+    """Test-dev, balanced: 12,578 questions. The answer has to equal the gold string."""
     folder = "gqa"
-    columns = {"GQA": "accuracy"}
 
     def load(self):
         questions = self.llava_questions("llava_gqa_testdev_balanced.jsonl", "data/images")
-        golds = self.json("data/testdev_balanced_questions.json")
+        file = "data/testdev_balanced_questions.json"
+        golds = self.json(file, dict)
+        for id, gold in golds.items():
+            need(gold, "answer", str, f"{self.root / file} {id!r}")
         for question in questions:
-            question.gold = golds.get(str(question.id))
+            question.gold = golds.get(question.key)
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: question_id {question.id!r} is not in {self.root / 'data/testdev_balanced_questions.json'}; "
-                                      "both files must be of the same release")
-            need(question.gold, "answer", str, f"testdev_balanced_questions.json {question.id!r}")
-        lacking = [id for id, gold in golds.items() if gold.get("isBalanced") and id not in {str(q.id) for q in questions}]
+                raise EvaluationError(f"{question.where}: question_id {question.id!r} is not in {self.root / file}; "
+                                      "take both files of the same release")
+        lacking = {id for id, gold in golds.items() if gold.get("isBalanced")} - {question.key for question in questions}
         if lacking:
-            raise EvaluationError(f"{self.root}: {len(lacking):,} balanced questions of testdev_balanced_questions.json are not in "
-                                  f"llava_gqa_testdev_balanced.jsonl (first: {lacking[0]}); both must be of the same release")
+            raise EvaluationError(f"{self.root / file}: {len(lacking):,} balanced questions are not in the question file "
+                                  f"(first: {min(lacking)}); take both files of the same release")
         return questions
 
     def score(self, questions, texts):
-        """Full stops at the end go, and case, and nothing else: "Yes." is yes, but "yes ." stays "yes " and is wrong."""
+        """Full stops at the end go, and case, and nothing else: "Yes." is yes, but "yes ." leaves "yes " and is wrong."""
         triples, by_type = [], defaultdict(list)
         for question, text in zip(questions, texts):
             parsed, gold = text.rstrip(".").lower(), question.gold["answer"]
             triples.append((parsed, gold, float(parsed == gold)))
             if question.gold.get("isBalanced"):
                 types = question.gold.get("types", {})
-                by_type["all"].append(triples[-1][2])
-                by_type["open" if types.get("structural") == "query" else "binary"].append(triples[-1][2])
-                for kind in ("structural", "semantic"):
-                    by_type[f"{kind} {types.get(kind)}"].append(triples[-1][2])
-        parts = {name: {"accuracy": 100 * mean(scores), "correct": int(sum(scores)), "rows": len(scores)}
-                 for name, scores in sorted(by_type.items())}
-        everything = parts.pop("all")
-        return {"accuracy": everything["accuracy"], "correct": everything["correct"], "balanced_rows": everything["rows"],
-                "by_type": parts, "unparsed": sum(parsed == "" for parsed, _, _ in triples)}, triples
+                for kind in ["all", "open" if types.get("structural") == "query" else "binary",
+                             f"structural: {types.get('structural')}", f"semantic: {types.get('semantic')}"]:
+                    by_type[kind].append(float(parsed == gold))
+        everything = by_type.pop("all", [])
+        numbers = {"accuracy": 100 * mean(everything), "correct": int(sum(everything)), "balanced_rows": len(everything),
+                   "by_type": {kind: accuracy(scores) for kind, scores in sorted(by_type.items())},
+                   "unparsed": sum(parsed == "" for parsed, _, _ in triples)}
+        return numbers, triples
 
 # --- VizWiz -----------------------------------------------------------------------------------------------------------
-
-INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
 class VizWiz(Benchmark):
     """
-    Photos by blind people. The paper's number comes from a server that alone has the answers of the test images: `test` writes the
-    file to submit. `val` (4,319 questions) can be scored here, under a name of its own: the two are not interchangeable.
+    Photos taken by blind people. The paper's number comes from a server, which alone has the answers of the test images;
+    `test` writes the file to submit. `val` (4,319 questions) is scored here, under a name of its own: another split.
     """
     folder = "vizwiz"
-    suffix = f"{INSUFFICIENT}\n{SHORT}"
-    columns = {"VizWiz": "val_accuracy"}
+    suffix = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
 
     def set_up(self):
         self.switches = {"split": self.args.vizwiz_split}
@@ -805,28 +817,22 @@ class VizWiz(Benchmark):
         if self.args.vizwiz_split == "test":
             return self.llava_questions("llava_test.jsonl", "test")
         questions = []
-        for i, row in enumerate(self.json("val.json")):
-            where = f"{self.root / 'val.json'} row {i}"
+        for i, (where, row) in enumerate(self.rows("val.json")):  # its rows have no id: they are numbered from 0
             prompt = f"{need(row, 'question', str, where)}\n{self.suffix}"
-            golds = [need(each, "answer", str, where) for each in need(row, "answers", list, where)]
             image = self.root / "val" / need(row, "image", str, where)
+            golds = [need(each, "answer", str, where) for each in need(row, "answers", list, where)]
             questions.append(Question(i, str(i), prompt, prompt, image, where, golds, row))
         return questions
 
     def score(self, questions, texts):
-        triples = []
-        for question, text in zip(questions, texts):
-            parsed, golds, score = normalise(text), None, None
-            if question.gold is not None:
-                golds = [normalise(gold) for gold in question.gold]
-                score = soft_accuracy(parsed, golds)
-            triples.append((parsed, golds, score))
-        numbers = {"unparsed": sum(parsed == "" for parsed, _, _ in triples)}
-        if self.args.vizwiz_split == "val":
-            numbers = {"val_accuracy": 100 * mean(score for _, _, score in triples), **numbers}
-        else:
-            numbers["note"] = "no public answers: submit submission.json to the VizWiz server"
-        return numbers, triples
+        parsed = [normalise(text) for text in texts]
+        numbers = {"unparsed": parsed.count("")}
+        if self.args.vizwiz_split == "test":
+            return numbers | {"note": "no public answers, so no score; submit submission.json to the VizWiz server"}, \
+                   [(text, None, None) for text in parsed]
+        golds = [[normalise(answer) for answer in question.gold] for question in questions]
+        triples = [(text, answers, soft_accuracy(text, answers)) for text, answers in zip(parsed, golds)]
+        return numbers | {"val_accuracy": 100 * mean(score for _, _, score in triples)}, triples
 
     def submission(self, questions, texts):
         rows = [{"image": question.about["image"], "answer": normalise(text)} for question, text in zip(questions, texts)]
@@ -836,94 +842,95 @@ class VizWiz(Benchmark):
 
 
 class ScienceQA(Benchmark):
-    """School questions with 2 to 5 choices: 4,241 in the test split, of which 2,017 have an image; the latter are the headline."""
+    """School questions with 2 to 5 choices, 4,241 in the test split. The headline is on the 2,017 that have an image."""
     folder = "scienceqa"
     max_new_tokens = 1024
     suffix = LETTER
-    columns = {"SQA-I": "accuracy"}
 
     def load(self):
-        problems, splits = self.json("problems.json"), self.json("pid_splits.json")
-        test = need(splits, "test", list, self.root / "pid_splits.json")
+        problems = self.json("problems.json", dict)
+        test = set(map(str, need(self.json("pid_splits.json", dict), "test", list, self.root / "pid_splits.json")))
         questions = []
-        for i, row in enumerate(self.json("llava_test_CQM-A.json")):
-            where = f"{self.root / 'llava_test_CQM-A.json'} row {i}"
+        for where, row in self.rows("llava_test_CQM-A.json"):
             id = need(row, "id", (str, int), where)
             problem = problems.get(str(id))
-            if problem is None or str(id) not in map(str, test):
-                raise EvaluationError(f"{where}: id {id!r} is not a test problem of problems.json and pid_splits.json")
-            turns = need(row, "conversations", list, where)
-            text = need(turns[0] if turns else None, "value", str, where).replace("<image>", "").strip()
-            asked = f"{text}\n{LETTER}"
-            image = self.root / "images/test" / need(row, "image", str, where) if row.get("image") else None
-            choices = len(need(problem, "choices", list, f"problems.json {id!r}"))
-            gold = "ABCDE"[need(problem, "answer", int, f"problems.json {id!r}")]
-            questions.append(Question(id, str(id), asked if image is None else f"<image>\n{asked}", asked, image, where, gold,
-                                      {"choices": choices, "has_image": bool(problem.get("image"))}))
-        lacking = set(map(str, test)) - {question.key for question in questions}
+            if problem is None or str(id) not in test:
+                raise EvaluationError(f"{where}: id {id!r} is no test problem of problems.json and pid_splits.json; "
+                                      "take all three files of the same release")
+            turns, in_problems = need(row, "conversations", list, where), f"{self.root / 'problems.json'} {id!r}"
+            asked = need(turns[0] if turns else {}, "value", str, where).replace("<image>", "").strip() + f"\n{LETTER}"
+            prompt, image = asked, None
+            if row.get("image") is not None:
+                prompt, image = f"<image>\n{asked}", self.root / "images/test" / need(row, "image", str, where)
+            choices, right = need(problem, "choices", list, in_problems), need(problem, "answer", int, in_problems)
+            if not 0 <= right < len(choices) <= 5:
+                raise EvaluationError(f"{in_problems}: answer {right} of {len(choices)} choices, expected one of at most 5")
+            about = {"choices": len(choices), "has_image": problem.get("image") is not None}
+            questions.append(Question(id, str(id), prompt, asked, image, where, "ABCDE"[right], about))
+        lacking = test - {question.key for question in questions}
         if lacking:
-            raise EvaluationError(f"{self.root / 'llava_test_CQM-A.json'}: {len(lacking):,} problems of the test split are missing (first: {min(lacking)})")
+            raise EvaluationError(f"{self.root / 'llava_test_CQM-A.json'}: {len(lacking):,} problems of the test split are "
+                                  f"not there (first: {min(lacking)}); take all three files of the same release")
         return questions
 
     @staticmethod
     def parse(text):
         """
-        "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and two
-        verdicts in one answer are failures (None).
+        "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and a text
+        with two verdicts are failures, None.
         """
         text = text.strip()
-        if text in tuple("ABCDE"):
+        if re.fullmatch("[A-E]", text):
             return text
-        if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
+        if re.match(r"[A-E]\. ", text):
             return text[0]
         verdicts = re.findall(r"The answer is ([A-Z]).", text)
         return verdicts[0] if len(verdicts) == 1 else None
 
     def score(self, questions, texts):
-        triples = []
+        triples, with_image = [], []
         for question, text in zip(questions, texts):
-            parsed = self.parse(text)  # a letter beyond the choices is just wrong
+            parsed = self.parse(text)  # a letter beyond the choices is simply wrong
             triples.append((parsed, question.gold, float(parsed == question.gold)))
-        with_image = [score for question, (_, _, score) in zip(questions, triples) if question.about["has_image"]]
-        everything = [score for _, _, score in triples]
-        beyond = sum(parsed is not None and "ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(parsed) >= question.about["choices"]
+            if question.about["has_image"]:
+                with_image.append(triples[-1][2])
+        everything = accuracy([score for _, _, score in triples])
+        beyond = sum(parsed is not None and ord(parsed) - ord("A") >= question.about["choices"]
                      for question, (parsed, _, _) in zip(questions, triples))
         return {"accuracy": 100 * mean(with_image), "correct": int(sum(with_image)), "image_rows": len(with_image),
-                "accuracy_all": 100 * mean(everything), "correct_all": int(sum(everything)),
-                "beyond_choices": beyond, "unparsed": sum(parsed is None for parsed, _, _ in triples)}, triples
+                "accuracy_all": everything["accuracy"], "correct_all": everything["correct"], "beyond_choices": beyond,
+                "unparsed": sum(parsed is None for parsed, _, _ in triples)}, triples
 
 # --- TextVQA ----------------------------------------------------------------------------------------------------------
 
 
 class TextVQA(Benchmark):
     """
-    Reading text in photos: 5,000 validation questions. The prompt may list what an OCR program read in the image; LLaVA, and so the
-    paper, lists it, and without it scores fall by about ten points.
+    Text in photos: 5,000 validation questions. The prompt may list what an OCR program read in the image. LLaVA lists it,
+    and so does the paper; without it (--ocr=False) scores fall by about ten points.
     """
     folder = "textvqa"
-    columns = {"TextVQA": "accuracy"}
 
     def set_up(self):
         self.switches = {"ocr_tokens": self.args.ocr}
 
     def load(self):
-        file = "TextVQA_0.5.1_val.json"
-        golds = {}
-        content = self.json(file)
-        for i, row in enumerate(need(content, "data", list, self.root / file)):
+        file, golds = "TextVQA_0.5.1_val.json", {}
+        for i, row in enumerate(need(self.json(file, dict), "data", list, self.root / file)):
             where = f"{self.root / file} row {i}"
             answers = need(row, "answers", list, where)
-            if len(answers) != 10:
-                raise EvaluationError(f"{where}: {len(answers)} answers, expected ten")
+            if len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
+                raise EvaluationError(f"{where}: found {len(answers)} answers, expected ten strings")
             golds[str(need(row, "image_id", (str, int), where)), need(row, "question", str, where).lower()] = answers
         self.files[file] = len(golds)
 
         questions = self.llava_questions("llava_textvqa_val_v051_ocr.jsonl", "train_images")
         for question in questions:
             question.key = (str(question.id), self.question_in(question.prompt, question.where))  # the id is the image's
-            if question.key not in golds:
-                raise EvaluationError(f"{question.where}: image {question.key[0]} with the question {question.key[1]!r} is not in {self.root / file}")
-            question.gold = golds[question.key]
+            question.gold = golds.get(question.key)
+            if question.gold is None:
+                raise EvaluationError(f"{question.where}: image {question.key[0]} with the question {question.key[1]!r} "
+                                      f"is not in {self.root / file}; take both files of the same release")
             if not self.args.ocr:
                 lines = [line for line in question.prompt.split("\n") if not line.startswith("Reference OCR token:")]
                 question.prompt = question.asked = "\n".join(lines)
@@ -931,17 +938,17 @@ class TextVQA(Benchmark):
 
     @staticmethod
     def question_in(prompt, where):
-        """The question, lower-cased, out of a prompt of three lines (with OCR tokens), two (without) or the one-line form of old."""
+        """The question, in lower case, of a prompt with an OCR line (3 lines), without (2), or of the one-line form of old."""
         lines = prompt.split("\n")
-        old = re.search(r"Question: (.*?) Short answer:", prompt) if prompt.startswith("OCR tokens: ") else None
-        if old:
-            return old.group(1).lower()
-        if len(lines) == 3 and "Reference OCR token:" in prompt:
-            return lines[1 if lines[0].startswith("Reference OCR token:") else 0].lower()
-        if len(lines) == 2:
+        one_line = re.search(r"Question: (.*?) Short answer:", prompt)
+        if prompt.startswith("OCR tokens: ") and one_line:
+            return one_line[1].lower()
+        if len(lines) == 3 and lines[0].startswith("Reference OCR token:"):
+            return lines[1].lower()
+        if len(lines) == 2 or len(lines) == 3 and lines[1].startswith("Reference OCR token:"):
             return lines[0].lower()
-        raise EvaluationError(f"{where}: cannot tell the question in the prompt {prompt[:60]!r}; expected question, "
-                              "perhaps a line \"Reference OCR token: ...\", and the suffix")
+        raise EvaluationError(f"{where}: cannot tell the question in the prompt {prompt[:60]!r}; expected the question, "
+                              'perhaps a line "Reference OCR token: ...", and the suffix')
 
     def read_answer(self, row, where, index):
         id, prompt = need(row, "question_id", (str, int), where), need(row, "prompt", str, where)
@@ -950,47 +957,46 @@ class TextVQA(Benchmark):
     def score(self, questions, texts):
         triples = []
         for question, text in zip(questions, texts):
-            parsed, golds = normalise(text), [normalise(gold) for gold in question.gold]
+            parsed, golds = normalise(text), [normalise(answer) for answer in question.gold]
             triples.append((parsed, golds, soft_accuracy(parsed, golds)))
         return {"accuracy": 100 * mean(score for _, _, score in triples),
                 "unparsed": sum(parsed == "" for parsed, _, _ in triples)}, triples
 
 # --- MME --------------------------------------------------------------------------------------------------------------
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
-
 
 class MME(Benchmark):
-    """Two yes/no questions about each of 1,187 images, one of each answer, in 14 categories."""
+    """Two questions about each of 1,187 images, one to answer with yes and one with no, in 14 categories."""
     folder = "MME"
-    columns = {"MME": "percentage"}
+    release = "MME_Benchmark_release_version"
+    perception = "existence count position color posters celebrity scene landmark artwork OCR".split()
+    cognition = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
 
     def load(self):
-        release = "MME_Benchmark_release_version"
-        questions = self.llava_questions("llava_mme.jsonl", release)
+        questions = self.llava_questions("llava_mme.jsonl", self.release)
         golds = {}
         for folder in {question.image.parent for question in questions}:
             texts = folder.with_name("questions_answers_YN") if folder.name == "images" else folder
             for path in sorted(texts.glob("*.txt")):
-                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                    if line.strip():
-                        asked, tab, gold = line.partition("\t")
-                        if gold.strip().lower() not in ("yes", "no"):
-                            raise EvaluationError(f"{path} line {number}: found {line[:60]!r}, expected a question, a tab, and Yes or No")
-                        golds[folder, path.stem, asked] = gold.strip().lower()
-        self.files[f"{release}/*/*.txt"] = len(golds)
+                for number, line in enumerate(read_text(path).split("\n"), start=1):
+                    asked, _, gold = line.strip().lower().partition("\t")
+                    if line.strip() and gold not in ("yes", "no"):
+                        raise EvaluationError(f"{path} line {number}: found {line[:60]!r}, expected a question, a tab, and "
+                                              "Yes or No")
+                    golds[folder / path.stem, asked] = gold
+        self.files[f"{self.release}/*/*.txt"] = len(golds)
 
         for question in questions:
-            question.key = (str(question.id), question_of(question.prompt))  # two questions share the id of their image
-            category = need(question.about, "category", str, question.where)
-            if category not in PERCEPTION + COGNITION:
-                raise EvaluationError(f"{question.where}: unknown category {category!r}, expected one of {', '.join(PERCEPTION + COGNITION)}")
-            for spaces in (" ", "  "):  # some official lines have two
-                gold = golds.get((question.image.parent, question.image.stem, f"{question.key[1]}{spaces}Please answer yes or no."))
-                question.gold = question.gold or gold
+            question.key = (str(question.id), question_of(question.prompt))  # both questions have the id of their image
+            if question.about.get("category") not in self.perception + self.cognition:
+                raise EvaluationError(f"{question.where}: found the category {question.about.get('category')!r}, expected "
+                                      f"one of {', '.join(self.perception + self.cognition)}")
+            for spaces in (" ", "  "):  # the official question, in place of our suffix; some have two spaces
+                asked = f"{question.key[1]}{spaces}Please answer yes or no.".lower()
+                question.gold = question.gold or golds.get((question.image.with_suffix(""), asked))
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: no line \"{question.key[1]} Please answer yes or no.\" in the text file of {question.image}")
+                raise EvaluationError(f'{question.where}: no line "{question.key[1]} Please answer yes or no." in the '
+                                      f"official text file of {question.image}; check the folder {self.release}")
         return questions
 
     def read_answer(self, row, where, index):
@@ -999,106 +1005,95 @@ class MME(Benchmark):
 
     @staticmethod
     def parse(text):
-        """Only the first four characters count: "Nope", "Not sure" and "Snow" are no; "The answer is yes" and "Y" are other."""
-        text = text.lower()
-        if text in ("yes", "no"):
-            return text
-        return "yes" if "yes" in text[:4] else "no" if "no" in text[:4] else "other"
+        """
+        The first four characters decide: "Nope", "None", "Not sure" and "Snow" are no; "Y", "Yeah" and "The answer is
+        yes" are other, which is always wrong.
+        """
+        start = text.lower()[:4]
+        return "yes" if "yes" in start else "no" if "no" in start else "other"
 
     def score(self, questions, texts):
-        """Per category: 100 x (right questions / questions) + 100 x (images with both right / images), so 200 at best."""
+        """Of a category: 100 * right questions / questions + 100 * images with both right / images. So 200 at best."""
         triples, by_category = [], defaultdict(lambda: defaultdict(list))
         for question, text in zip(questions, texts):
             parsed = self.parse(text)
             triples.append((parsed, question.gold, float(parsed == question.gold)))
-            by_category[question.about["category"]][str(question.id)].append(triples[-1][2])
-
+            by_category[question.about["category"]][question.id].append(triples[-1][2])
         categories = {}
-        for category in PERCEPTION + COGNITION:
-            if category in by_category:
-                images = list(by_category[category].values())
-                right, both = sum(map(sum, images)), sum(all(image) for image in images)
-                rows = sum(map(len, images))
-                categories[category] = {"score": percent(right, rows) + percent(both, len(images)), "correct": int(right), "rows": rows,
-                                        "both_correct": both, "images": len(images)}
-        perception = [categories[name]["score"] for name in PERCEPTION if name in categories]
-        cognition = [categories[name]["score"] for name in COGNITION if name in categories]
-        # The paper's MME percentage is perception / 2000; a folder with fewer categories has a lower maximum.
-        self.protocol = {"categories": list(categories), "percentage": f"perception / {200 * len(perception)}, cognition left out"}
-        return {"percentage": percent(sum(perception), 200 * len(perception)), "perception": sum(perception), "cognition": sum(cognition),
-                "categories": categories, "unparsed": sum(parsed == "other" for parsed, _, _ in triples)}, triples
+        for name, images in by_category.items():
+            right, rows = sum(sum(scores) for scores in images.values()), sum(len(scores) for scores in images.values())
+            both = sum(all(scores) for scores in images.values())
+            categories[name] = {"score": percent(right, rows) + percent(both, len(images)),
+                                "correct": int(right), "rows": rows, "both_correct": both, "images": len(images)}
+        perception = [category["score"] for name, category in categories.items() if name in self.perception]
+        cognition = [category["score"] for name, category in categories.items() if name in self.cognition]
+        # With all ten categories this is the paper's MME column, perception / 2000; cognition is not in it.
+        self.protocol = {"percentage": f"perception of {len(perception)} categories / {200 * len(perception)}"}
+        return {"percentage": percent(sum(perception), 200 * len(perception)), "perception": sum(perception),
+                "cognition": sum(cognition), "categories": categories,
+                "unparsed": sum(parsed == "other" for parsed, _, _ in triples)}, triples
 
     def submission(self, questions, texts):
-        files = defaultdict(str)  # lines for the official tool, which splits them at tabs
+        files = defaultdict(str)  # for the official tool, which splits lines at tabs
         for question, text in zip(questions, texts):
-            words = [f"{question.image.stem}.txt", question.key[1], question.gold.capitalize(), " ".join(text.split())]
-            files[f"official/{question.about['category']}.txt"] += "\t".join(words) + "\n"
+            cells = [question.image.stem + ".txt", question.key[1], question.gold.capitalize(), " ".join(text.split())]
+            files[f"official/{question.about['category']}.txt"] += "\t".join(cells) + "\n"
         return files
 
 # --- MMBench ----------------------------------------------------------------------------------------------------------
 
-EMPTY_CELLS = set("#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null|".split("|"))
-REFUSALS = ["Sorry, I can't help with images of people yet.", "I can't process this file.",
-            "I'm sorry, but without the image provided", "Cannot determine the answer"]
-
 
 class MMBench(Benchmark):
     """
-    Multiple choice, asked once for every rotation of the options: row i and rows i + 1,000,000 x n of the file are one question, right
-    only if all its rows are. One pass over the file is that "circular" evaluation.
+    Multiple choice, each question asked once for every rotation of its options: rows i, i + 1,000,000, i + 2,000,000 ...
+    of the file, all of which have to be right. So one pass over the file is the "circular" evaluation.
     """
     folder = "mmbench"
     max_new_tokens = 1024
     suffix = LETTER
-    columns = {"MMB": "accuracy"}
-    candidates = ["mmbench_dev_en_20231003.tsv", "mmbench_dev_20230712.tsv"]  # the authors' file, LLaVA's
+    releases = ["mmbench_dev_en_20231003.tsv", "mmbench_dev_20230712.tsv"]  # the authors', LLaVA's: the first that is there
+    # What pandas reads as an empty cell, as the official code does. An option "None" so ends the list of options.
+    empty = set("|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|"))
+    refusals = ["Sorry, I can't help with images of people yet.", "I can't process this file.",
+                "I'm sorry, but without the image provided", "Cannot determine the answer"]
 
     def load(self):
-        file = next((name for name in self.candidates if (self.root / name).exists()), self.candidates[0])
-        path = self.root / file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            raise EvaluationError(f"{path}: cannot be read; check --data, the README says which files go where") from None
-        csv.field_size_limit(1 << 30)
+        file = next((name for name in self.releases if (self.root / name).exists()), self.releases[0])
+        csv.field_size_limit(1 << 30)  # a cell holds a whole image
+        table = csv.DictReader(io.StringIO(read_text(self.root / file), newline=""), delimiter="\t")
         questions = []
-        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"), start=2):
-            where = f"{path} row {number}"
+        for number, row in enumerate(table, start=1):
+            where = f"{self.root / file} row {number}"
             for column in ("index", "question", "A", "B", "answer", "image"):
                 if not row.get(column):
                     raise EvaluationError(f"{where}: the column {column} is missing or empty")
             if not row["index"].isdigit():
-                raise EvaluationError(f"{where}: index should be a whole number, found {row['index'][:60]!r}")
+                raise EvaluationError(f"{where}: the index should be a whole number, found {row['index'][:40]!r}")
             options = {}
             for letter in "ABCD":
                 if self.is_empty(row.get(letter)):
-                    break  # so an option "None" ends the list
+                    break
                 options[letter] = row[letter]
             if row["answer"] not in options:
-                raise EvaluationError(f"{where}: the answer {row['answer'][:60]!r} is none of the options {', '.join(options)}")
+                raise EvaluationError(f"{where}: found the answer {row['answer'][:40]!r}, expected one of {', '.join(options)}")
             hint = [] if self.is_empty(row.get("hint")) else [row["hint"]]
             prompt = "\n".join(hint + [row["question"]] + [f"{letter}. {option}" for letter, option in options.items()])
-            try:
-                image = base64.b64decode(row["image"], validate=True)
-            except (binascii.Error, ValueError):
-                raise EvaluationError(f"{where}: the column image should be a base64 JPEG, found {row['image'][:40]!r}") from None
-            index = int(row["index"])
-            about = {name: cell for name, cell in row.items() if name != "image"} | {"options": options}
-            questions.append(Question(index, str(index), prompt, f"{prompt}\n{self.suffix}", image, where, row["answer"], about))
+            image = decode_base64(row.pop("image"), where)
+            questions.append(Question(int(row["index"]), str(int(row["index"])), prompt, f"{prompt}\n{self.suffix}", image,
+                                      where, row["answer"], row | {"options": options}))
         self.files[file] = len(questions)
         return questions
 
-    @staticmethod
-    def is_empty(cell):
-        return cell is None or cell in EMPTY_CELLS or cell.strip().lower() in ("nan", "none")
+    def is_empty(self, cell):
+        return cell is None or cell in self.empty or cell.strip().lower() in ("nan", "none")
 
-    @staticmethod
-    def parse(text, options):
+    def parse(self, text, options):
         """
-        The letter that stands alone in the text, if just one does: "B", "(B)", "B: red". An article counts as the letter A,
-        so "A red one, not B" has two and is undecided; then the text of an option may settle it. None: undecided.
+        The letter of an option, if exactly one stands alone in the text: "B", "(B)", "B: red". An article passes for the
+        letter A, so "A red one, not B" holds two. Without exactly one, exactly one option's text in the answer decides.
+        Else None; Z is a refusal.
         """
-        if any(refusal in text for refusal in REFUSALS):
+        if any(refusal in text for refusal in self.refusals):
             return "Z"
         tokens = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
         letters = [letter for letter in options if letter in tokens]
@@ -1116,23 +1111,23 @@ class MMBench(Benchmark):
             triples.append((parsed, question.gold, float(parsed == question.gold)))
             groups[question.id % 1_000_000].append((question, triples[-1][2]))
 
-        circular = {index: float(all(score for _, score in rows)) for index, rows in groups.items()}
-        parts = {}
-        for column in ("category", "l2-category"):
-            by_name = defaultdict(list)
-            for index, rows in groups.items():
-                by_name[rows[0][0].about.get(column)].append(circular[index])
-            parts[column] = {name: {"accuracy": 100 * mean(scores), "correct": int(sum(scores)), "questions": len(scores)}
-                             for name, scores in by_name.items() if name}
+        circular, parts = [], {"category": defaultdict(list), "l2-category": defaultdict(list)}
+        for rotations in groups.values():
+            circular.append(float(all(score for _, score in rotations)))
+            for column, by_name in parts.items():
+                by_name[rotations[0][0].about.get(column)].append(circular[-1])
         vanilla = [score for question, (_, _, score) in zip(questions, triples) if question.id < 1_000_000]
-        self.protocol = {"accuracy": "circular: every rotation right", "vanilla_accuracy": "unrotated rows only"}
-        return {"accuracy": 100 * mean(circular.values()), "correct": int(sum(circular.values())), "questions": len(circular),
+        self.protocol = {"accuracy": "circular, every rotation right", "vanilla_accuracy": "the first rotation alone"}
+        return {"accuracy": 100 * mean(circular), "correct": int(sum(circular)), "questions": len(circular),
                 "vanilla_accuracy": 100 * mean(vanilla), "vanilla_correct": int(sum(vanilla)), "vanilla_rows": len(vanilla),
-                "by_category": parts["category"], "by_l2_category": parts["l2-category"],
+                **{f"by_{column}": {name: accuracy(scores) for name, scores in by_name.items() if name}
+                   for column, by_name in parts.items()},
                 "unparsed": sum(parsed in (None, "Z") for parsed, _, _ in triples)}, triples
 
     def submission(self, questions, texts):
-        columns = [name for name in questions[0].about if name not in ("hint", "category", "source", "comment", "l2-category", "options")]
+        """The table for the official server, which wants it as .xlsx: pandas.read_table(...).to_excel(...)."""
+        dropped = ("hint", "category", "source", "comment", "l2-category", "options")
+        columns = [name for name in questions[0].about if name not in dropped]
         columns.insert(6, "prediction")
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, delimiter="\t", extrasaction="ignore", lineterminator="\n")
@@ -1143,21 +1138,19 @@ class MMBench(Benchmark):
 
 
 class MMBenchCN(MMBench):
-    """The same questions in Chinese. They have the indices of the English file, so the two must not share answers."""
+    """The same in Chinese. The indices are those of the English file, so the two must not share answers."""
     suffix = LETTER_CN
-    columns = {"MMB-CN": "accuracy"}
-    candidates = ["mmbench_dev_cn_20231003.tsv"]
+    releases = ["mmbench_dev_cn_20231003.tsv"]
 
 # --- POPE -------------------------------------------------------------------------------------------------------------
 
 
 class POPE(Benchmark):
     """
-    "Is there a kite in the image?", half of the time there is. What is not there was drawn at random, from the popular
-    objects, or from those that usually come with what is there (adversarial). Positive is yes.
+    "Is there a kite in the image?" Half of the time there is. What is not there was drawn at random, from the popular
+    objects, or from those that mostly come with what is there (adversarial). Positive means yes.
     """
     folder = "pope"
-    columns = {"POPE F1": "f1"}
 
     def load(self):
         questions = self.llava_questions("llava_pope_test.jsonl", "val2014")
@@ -1166,41 +1159,40 @@ class POPE(Benchmark):
             category = need(question.about, "category", str, question.where)
             file = f"coco/coco_pope_{category}.json"
             if file not in self.files:
-                for where, row in self.lines(file):
+                for where, row in self.rows(file):
                     label = need(row, "label", str, where)
                     if label not in ("yes", "no"):
-                        raise EvaluationError(f'{where}: found the label {label[:60]!r}, expected "yes" or "no"')
+                        raise EvaluationError(f'{where}: found the label {label[:40]!r}, expected "yes" or "no"')
                     labels[category, need(row, "image", str, where), need(row, "text", str, where)] = label
-            # The random split was released twice with other questions. The official scorer pairs lines by position, and with the
-            # wrong release F1 falls by 40 points without a word. So: join on what was asked, and fail on a miss.
-            key = category, question.about["image"], question_of(question.prompt)
-            if key not in labels:
-                raise EvaluationError(f"{question.where}: {key[2]!r} about {key[1]} has no label in {self.root / file}; "
-                                      "it is of another release than the question file (random has one of 2,910 rows, which fits "
-                                      "LLaVA's questions, and one of 3,000)")
-            question.gold = labels[key]
+            # The random split was released twice, with other questions. The official scorer pairs answers and labels by
+            # position, and the wrong release costs 40 points of F1 without a word. So we join on what was asked.
+            question.gold = labels.get((category, question.about["image"], question_of(question.prompt)))
+            if question.gold is None:
+                raise EvaluationError(f"{question.where}: {question_of(question.prompt)!r} about {question.about['image']} "
+                                      f"has no label in {self.root / file}, which is of another release; LLaVA's question "
+                                      "file needs the random split of 2,910 rows, not the one of 3,000")
         return questions
 
     @staticmethod
     def parse(text):
         """
-        No, if the words before the first full stop include No, no or not; yes otherwise. Split at single spaces, so "Not really",
-        "NO", "No!", "isn't", "None" and silence are yes.
+        No, if No, no or not is among the words before the first full stop; else yes. The words are split at single
+        spaces, and so "Not really", "NO", "No!", "isn't", "None" and silence are yes.
         """
         words = text.split(".")[0].replace(",", "").split(" ")
-        return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
+        return "no" if {"No", "no", "not"} & set(words) else "yes"
 
     @staticmethod
-    def counts(pairs):
+    def rates(pairs):
         """
-        (parsed, gold) pairs -> accuracy, precision, recall, F1. By hand: 3 true yes, 1 false yes, 2 false no, 4 true no
-        gives precision 3/4, recall 3/5, F1 = 2 * 3 / (2 * 3 + 1 + 2) = 2/3, accuracy 7/10.
+        [(parsed, gold)] -> accuracy, precision, recall, F1. Try it on 3 true yes, 1 false yes, 2 false no, 4 true no:
+        precision 3/4, recall 3/5, F1 = 2 * 3 / (2 * 3 + 1 + 2) = 2/3, accuracy 7/10.
         """
         count = Counter(pairs)
-        tp, fp = count["yes", "yes"], count["yes", "no"]
-        fn, tn = count["no", "yes"], count["no", "no"]
-        return {"f1": percent(2 * tp, 2 * tp + fp + fn), "accuracy": percent(tp + tn, len(pairs)), "precision": percent(tp, tp + fp),
-                "recall": percent(tp, tp + fn), "yes_ratio": percent(tp + fp, len(pairs)), "gold_yes_ratio": percent(tp + fn, len(pairs)),
+        tp, fp, fn, tn = (count[pair] for pair in [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")])
+        return {"f1": percent(2 * tp, 2 * tp + fp + fn), "accuracy": percent(tp + tn, len(pairs)),
+                "precision": percent(tp, tp + fp), "recall": percent(tp, tp + fn),
+                "yes_ratio": percent(tp + fp, len(pairs)), "gold_yes_ratio": percent(tp + fn, len(pairs)),
                 "true_yes": tp, "false_yes": fp, "false_no": fn, "true_no": tn, "rows": len(pairs)}
 
     def score(self, questions, texts):
@@ -1209,268 +1201,274 @@ class POPE(Benchmark):
             parsed = self.parse(text)
             triples.append((parsed, question.gold, float(parsed == question.gold)))
             by_split[question.about["category"]].append((parsed, question.gold))
-        splits = {name: self.counts(pairs) for name, pairs in by_split.items()}
-        rates = ["f1", "accuracy", "precision", "recall", "yes_ratio", "gold_yes_ratio"]
-        numbers = {rate: mean(split[rate] for split in splits.values()) for rate in rates}
-        self.protocol = {"headline": f"mean over the splits {', '.join(splits)}", "labels": "joined on image and question"}
-        pooled = self.counts([(parsed, gold) for parsed, gold, _ in triples])
-        vague = sum(not re.search(r"\b(yes|no|not)\b", text.lower()) for text in texts)
-        return {**numbers, "splits": splits, "pooled": pooled, "unparsed": vague}, triples  # vague ones count as yes all the same
+        splits = {name: self.rates(pairs) for name, pairs in by_split.items()}
+        means = {rate: mean(split[rate] for split in splits.values())
+                 for rate in ("f1", "accuracy", "precision", "recall", "yes_ratio", "gold_yes_ratio")}
+        self.protocol = {"headline": f"mean over {', '.join(splits)}", "labels": "joined on image and question"}
+        neither = sum(not re.search(r"\b(yes|no|not)\b", text.lower()) for text in texts)  # yes, by the rule
+        return {**means, "splits": splits, "pooled": self.rates([pair for pairs in by_split.values() for pair in pairs]),
+                "unparsed": neither}, triples
 
 # --- Object HalBench --------------------------------------------------------------------------------------------------
 
 
 class ObjHal(Benchmark):
     """
-    CHAIR on 300 COCO images: which objects does a description name that are not there? Lower is better, and saying little is a way
-    to get there: recall and length stand beside it. True is what an annotator outlined or one of five captions names.
+    CHAIR on 300 COCO images: which objects does a description name that are not there? Lower is better, and saying little
+    is a way to get there, so recall and length stand beside it. True is what an annotator outlined or a caption names.
     """
     folder = "objhal"
     max_new_tokens = 1024
     suffix = ""
 
-    @property
-    def columns(self):
-        kind = "_extracted" if self.args.objhal_extract else ""
-        return {"ObjHal resp": f"chair_s{kind}", "ObjHal ment": f"chair_i{kind}"}
-
     def load(self):
         path = self.root / "synonyms.txt"
-        self.words = CocoWords(path.read_text(encoding="utf-8") if path.exists() else SYNONYMS)
-        self.protocol["vocabulary"] = "synonyms.txt" if path.exists() else "built in"
-        self.protocol["words"] = len(self.words.category)
-
+        self.coco = CocoWords(read_text(path) if path.exists() else SYNONYMS)
+        self.protocol["vocabulary"] = f"{'synonyms.txt' if path.exists() else 'built in'}, {len(self.coco.category)} words"
         questions = []
-        for where, row in self.lines("obj_halbench_300_with_image.jsonl"):
-            image_id, prompt = need(row, "image_id", int, where), need(row, "question", str, where)
-            try:
-                image = base64.b64decode(need(row, "image", str, where), validate=True)
-            except (binascii.Error, ValueError):
-                raise EvaluationError(f"{where}: \"image\" should be a base64 image, found {row['image'][:40]!r}") from None
-            questions.append(Question(row.get("question_id", image_id), str(image_id), prompt, prompt, image, where, set(), {"image_id": image_id}))
+        for where, row in self.rows("obj_halbench_300_with_image.jsonl"):
+            id, prompt = need(row, "image_id", int, where), need(row, "question", str, where)
+            image = decode_base64(need(row, "image", str, where), where)
+            questions.append(Question(row.get("question_id", id), str(id), prompt, prompt, image, where, set()))
 
-        golds, annotated = {question.about["image_id"]: question.gold for question in questions}, set()
+        golds, annotated = {question.key: question.gold for question in questions}, set()
         for split in ("train2014", "val2014"):
-            instances, captions = f"annotations/instances_{split}.json", f"annotations/captions_{split}.json"
-            content = self.json(instances)
-            names = {need(row, "id", int, instances): need(row, "name", str, instances) for row in need(content, "categories", list, self.root / instances)}
-            annotated |= {need(row, "id", int, instances) for row in need(content, "images", list, self.root / instances)}
-            for row in need(content, "annotations", list, self.root / instances):
-                if row["image_id"] in golds:
-                    golds[row["image_id"]].add(names[row["category_id"]])
-            self.files[instances] = len(content["annotations"])
-            content = self.json(captions)
-            for row in need(content, "annotations", list, self.root / captions):
-                if row["image_id"] in golds:
-                    golds[row["image_id"]].update(self.words.in_text(need(row, "caption", str, captions)))
-            self.files[captions] = len(content["annotations"])
+            file = f"annotations/instances_{split}.json"
+            content, where = self.json(file, dict), self.root / file
+            names = {need(row, "id", int, where): need(row, "name", str, where) for row in need(content, "categories", list, where)}
+            annotated |= {str(need(row, "id", int, where)) for row in need(content, "images", list, where)}
+            for row in need(content, "annotations", list, where):
+                gold = golds.get(str(need(row, "image_id", int, where)))
+                if gold is not None:
+                    gold.add(names.get(need(row, "category_id", int, where)))
+            self.files[file] = len(content["annotations"])
+
+            file = f"annotations/captions_{split}.json"
+            content, where = self.json(file, dict), self.root / file
+            for row in need(content, "annotations", list, where):
+                gold = golds.get(str(need(row, "image_id", int, where)))
+                if gold is not None:
+                    gold.update(self.coco.in_text(need(row, "caption", str, where)))
+            self.files[file] = len(content["annotations"])
         for question in questions:
-            if question.about["image_id"] not in annotated:
-                raise EvaluationError(f"{question.where}: image_id {question.about['image_id']} is in neither of the instances files of {self.root / 'annotations'}")
+            if question.key not in annotated:
+                raise EvaluationError(f"{question.where}: image_id {question.key} is among the images of neither "
+                                      f"instances_train2014.json nor instances_val2014.json in {self.root / 'annotations'}")
         return questions
 
+    def extra_columns(self, question):
+        return {"image_id": int(question.key)}
+
     def read_answer(self, row, where, index):
-        id = row.get("image_id", row.get("question_id")) if isinstance(row, dict) else None
-        if not isinstance(id, int):
-            need(row, "image_id", int, where)
-        return str(id), need(row, "text", str, where)
+        key = "image_id" if isinstance(row, dict) and "image_id" in row else "question_id"
+        return str(need(row, key, (int, str), where)), need(row, "text", str, where)
 
     def score(self, questions, texts):
-        chat = None
+        chat, kind = None, ""  # two ways to find the objects, two names for the result
         if self.args.objhal_extract:
-            chat = ChatModel(self.args, self.args.out_dir / self.name / "extracted.jsonl", temperature=0.2)
-        triples, totals, lengths = [], Counter(), []
+            chat, kind = ChatModel(self.args, self.args.out_dir / self.name / "extracted.jsonl", temperature=0.2), "_extracted"
+        triples, total, lengths = [], Counter(), []
         for question, text in zip(questions, texts):
             text = text.replace("Assistant:", "")
-            mentions = self.words.in_list(self.extract(chat, question, text)) if chat else self.words.in_text(text)
+            mentions = self.coco.in_list(self.extract(chat, question, text)) if chat else self.coco.in_text(text)
             wrong = [mention for mention in mentions if mention not in question.gold]
-            totals.update(mentions=len(mentions), hallucinated_mentions=len(wrong), responses_with_mention=bool(mentions),
-                          responses_hallucinated=bool(wrong), gold_objects=len(question.gold), found_objects=len(set(mentions) & question.gold))
+            total.update(mentions=len(mentions), hallucinated_mentions=len(wrong), responses_with_mention=len(mentions) > 0,
+                         hallucinated_responses=len(wrong) > 0, gold_objects=len(question.gold),
+                         found_objects=len(question.gold & set(mentions)))
             lengths.append(len(text.split()))
             triples.append((mentions, sorted(question.gold), float(not wrong)))
-        kind = "_extracted" if chat else ""
-        self.protocol["objects"] = f"listed by {self.args.judge_model}" if chat else "the words of the response"
-        return {f"chair_s{kind}": percent(totals["responses_hallucinated"], totals["responses_with_mention"]),
-                f"chair_i{kind}": percent(totals["hallucinated_mentions"], totals["mentions"]),
-                f"chair_s_all{kind}": percent(totals["responses_hallucinated"], len(texts)),
-                f"recall{kind}": percent(totals["found_objects"], totals["gold_objects"]), "mean_words": mean(lengths),
-                **totals, "unparsed": len(texts) - totals["responses_with_mention"]}, triples
+        self.protocol["objects"] = f"listed by {self.args.judge_model}" if chat else "words of the response"
+        return {f"chair_s{kind}": percent(total["hallucinated_responses"], total["responses_with_mention"]),
+                f"chair_i{kind}": percent(total["hallucinated_mentions"], total["mentions"]),
+                f"chair_s_all{kind}": percent(total["hallucinated_responses"], len(texts)),
+                f"recall{kind}": percent(total["found_objects"], total["gold_objects"]), "mean_words": mean(lengths),
+                **total, "unparsed": len(texts) - total["responses_with_mention"]}, triples
 
     def extract(self, chat, question, text):
+        """The objects that a chat model finds in the response. The paper's way, with a model that is gone by now."""
         if len(text.split()) <= 3:
             return []
-        prompt = ("List the objects that the answer below says are in the image. Give only objects that it names itself, in the singular, "
-                  "without colours or other attributes; leave out what it says is absent and what is only a guess. "
-                  'Reply with a JSON list of strings and nothing else, such as ["dog", "traffic light"].\n\n'
-                  f"Question: {question.prompt}\nAnswer: {text}")
-        reply = chat.ask(prompt)
+        reply = chat.ask(EXTRACT_PROMPT.format(question.prompt, text))
         try:
             objects = json.loads(reply[reply.index("["):reply.rindex("]") + 1])
         except ValueError:
             objects = None
         if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
-            raise EvaluationError(f"{chat.path}: the reply of {chat.model} for image_id {question.key} should be a JSON list of "
-                                  f"strings, found {reply[:60]!r}; remove its line and run again, or take another --judge_model")
+            raise EvaluationError(f"{chat.path}: the reply for image_id {question.key} should be a JSON list of strings, "
+                                  f"found {reply[:60]!r}; remove its line and run again, or take another --judge_model")
         return objects
+
+
+EXTRACT_PROMPT = """\
+List the objects that the answer below says are in the image. Take only what it names itself, as nouns in the singular,
+without colours or other attributes; leave out what it says is absent and what it only guesses. Reply with a JSON list of
+strings and nothing else, such as ["dog", "traffic light"].
+
+Question: {}
+Answer: {}"""
 
 # --- MMHal-Bench ------------------------------------------------------------------------------------------------------
 
-JUDGE_PROMPT = """\
-You judge whether the answer of a vision-language model to a question about an image is hallucinated, that is, says something that the \
-image does not support. You cannot see the image. You get a list of what is in it, the question, an answer that a person wrote, \
-and the answer to judge. Whatever agrees with the list, with the person's answer or follows from them is supported, and so is general \
-knowledge. An answer may be right without naming everything.
 
-First explain your view in a few sentences. Then end with a line "Rating: n" where n is
-6, very informative with good analysis or reasoning, no hallucination
-5, very informative, no hallucination
-4, somewhat informative, no hallucination
-3, not informative, no hallucination
-2, very informative, with hallucination
-1, somewhat informative, with hallucination
-0, not informative, with hallucination
+class MMHal(Benchmark):
+    """
+    96 open questions; a chat model that cannot see, but reads what is in the image, rates each answer from 0 to 6. Ratings
+    by two judges do not compare, nor do long and short answers: the authors' script asks for short ones, the original
+    benchmark does not (--mmhal_short=False).
+    """
+    folder = "mmhal"
+    max_new_tokens = 1024
+
+    def set_up(self):
+        self.suffix = SHORT if self.args.mmhal_short else ""
+
+    def load(self):
+        questions = []
+        for i, (where, row) in enumerate(self.rows("response_template.json")):  # the order is the key
+            prompt = need(row, "question", str, where)
+            name = need(row, "image_file" if "image_file" in row else "image_src", str, where).rsplit("/", 1)[-1]
+            gold = {"contents": need(row, "image_content", list, where), "answer": need(row, "gt_answer", str, where),
+                    "type": need(row, "question_type", str, where)}
+            asked = f"{prompt}\n{self.suffix}" if self.suffix else prompt
+            questions.append(Question(i, str(i), prompt, asked, self.root / "images" / name, where, gold))
+        return questions
+
+    def read_answer(self, row, where, index):
+        if isinstance(row, dict) and "model_answer" in row:  # the official template, filled in
+            return str(index), need(row, "model_answer", str, where)
+        return super().read_answer(row, where, index)
+
+    @staticmethod
+    def parse(reply):
+        """The one n, 0 to 6, of which the reply holds "rating: n"; else None. "Rating:4" has none, "Rating: 10" is 1."""
+        ratings = [n for n in range(7) if f"rating: {n}" in reply.lower()]
+        return ratings[0] if len(ratings) == 1 else None
+
+    def score(self, questions, texts):
+        path = self.root / "judge_prompt.txt"  # takes the place of ours; four {}: contents, question, human answer, answer
+        template = read_text(path) if path.exists() else JUDGE_PROMPT
+        prompts = [template.format(", ".join(map(str, question.gold["contents"])), question.prompt, question.gold["answer"], text)
+                   for question, text in zip(questions, texts)]
+        judge = ChatModel(self.args, self.args.out_dir / self.name / "judge.jsonl", temperature=0)
+        waiting = [prompt for prompt in prompts if prompt not in judge.replies]
+        if waiting and not judge.url:
+            judge.write_down(waiting)
+            note = (f"{len(waiting)} answers wait to be judged: give --judge_url and --judge_model, or write each \"reply\" and "
+                    f"the judge's name as \"model\" into {judge.path}; then run again")
+            return {"note": note, "unparsed": 0}, [(None, question.gold["answer"], None) for question in questions]
+
+        triples, by_type = [], defaultdict(list)
+        for question, prompt in zip(questions, prompts):
+            parsed = self.parse(judge.ask(prompt))
+            triples.append((parsed, question.gold["answer"], float(parsed or 0)))  # an unclear reply counts as 0
+            by_type[question.gold["type"]].append(triples[-1][2])
+        ratings = [rating for _, _, rating in triples]
+        self.protocol = {"judge": ", ".join(sorted({judge.replies[prompt][0] or "unnamed" for prompt in prompts})),
+                         "judge_prompt": path.name if path.exists() else "built in"}
+        return {"score": mean(ratings), "hallucination_rate": percent(sum(rating < 3 for rating in ratings), len(ratings)),
+                "informativeness": 100 * mean(rating - 3 if rating >= 3 else rating for rating in ratings) / 3,
+                "by_type": {kind: mean(ratings) for kind, ratings in by_type.items()},
+                "unparsed": sum(parsed is None for parsed, _, _ in triples)}, triples
+
+
+JUDGE_PROMPT = """\
+You judge whether the answer of a vision-language model to a question about an image is hallucinated: whether it says
+something that the image does not support. You cannot see the image. You get a list of what is in it, the question, the
+answer of a person, and the answer to judge. What agrees with the list or with the person's answer, or follows from them, is
+supported, and so is general knowledge. An answer may be right without naming everything.
+
+First explain your view in a few sentences. Then end with a line "Rating: n", where n is
+6: very informative with good analysis or reasoning, no hallucination
+5: very informative, no hallucination
+4: somewhat informative, no hallucination
+3: not informative, no hallucination
+2: very informative, with hallucination
+1: somewhat informative, with hallucination
+0: not informative, with hallucination
 
 Example 1
 Image contents: Dog, Frisbee, Grass
 Question: What colour is the dog's collar?
-Human answer: The dog wears no collar.
+Person's answer: The dog wears no collar.
 Answer to judge: The collar is red.
-Explanation: The person says that there is no collar, so its colour is invented, and nothing else is said.
+Explanation: There is no collar, so its colour is invented, and nothing else is said.
 Rating: 0
 
 Example 2
 Image contents: Bus, Street, Person
 Question: How many people stand at the bus stop?
-Human answer: Three people wait there.
-Answer to judge: Three people stand at the stop, waiting for the bus that is coming down the street.
+Person's answer: Three people wait there.
+Answer to judge: Three people stand at the stop, waiting for the bus that comes down the street.
 Explanation: The number agrees with the person's answer, and the bus and the street are in the list.
 Rating: 5
 
 Example 3
 Image contents: Table, Cup, Book
 Question: What is to the left of the cup?
-Human answer: A book lies to the left of the cup.
+Person's answer: A book lies to the left of the cup.
 Answer to judge: There is something there.
-Explanation: That is true but says nothing of use.
+Explanation: That is true, but of no use.
 Rating: 3
 
 Example 4
 Image contents: Kitchen, Oven, Woman
 Question: Describe the image.
-Human answer: A woman stands in a kitchen beside an oven.
+Person's answer: A woman stands in a kitchen beside an oven.
 Answer to judge: A woman is in a kitchen with an oven, and a cat sleeps on the floor.
-Explanation: The woman, the kitchen and the oven are there, but no cat is in the list or in the person's answer.
+Explanation: The woman, the kitchen and the oven are there. No cat is in the list or in the person's answer.
 Rating: 2
 
 Example 5
 Image contents: Surfboard, Man, Sea, Clouds
 Question: Why might the man be carrying the board?
-Human answer: He is going to surf, as he is walking towards the sea.
-Answer to judge: He probably is about to surf: he carries a surfboard and is near the sea. The clouds suggest wind, which brings waves.
-Explanation: The answer agrees with the person's, draws on what is in the image, and reasons well from the clouds.
+Person's answer: He is going to surf, as he walks towards the sea.
+Answer to judge: He is probably about to surf: he carries a surfboard near the sea, and the clouds suggest wind, which brings waves.
+Explanation: This agrees with the person, uses what is in the image, and reasons well from the clouds.
 Rating: 6
 
 Now judge this one.
 Image contents: {}
 Question: {}
-Human answer: {}
+Person's answer: {}
 Answer to judge: {}
 """
-
-
-class MMHal(Benchmark):
-    """
-    96 open questions, judged by a chat model that reads a list of what is in the image. Scores under different judges are not comparable,
-    nor are long and short answers: the authors' script asks for short ones, the original benchmark does not (--mmhal_short=False).
-    """
-    folder = "mmhal"
-    max_new_tokens = 1024
-    columns = {"MMHal": "score", "MMHal hall": "hallucination_rate"}
-
-    def set_up(self):
-        self.switches = {"short_answers": self.args.mmhal_short}
-        self.suffix = SHORT if self.args.mmhal_short else ""
-
-    def load(self):
-        questions = []
-        rows = self.json("response_template.json")
-        for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
-            where = f"{self.root / 'response_template.json'} row {i}"
-            prompt = need(row, "question", str, where)
-            name = row.get("image_file") or need(row, "image_src", str, where)
-            image = self.root / "images" / name.rsplit("/", 1)[-1]
-            gold = {"contents": need(row, "image_content", list, where), "answer": need(row, "gt_answer", str, where),
-                    "type": need(row, "question_type", str, where)}
-            asked = f"{prompt}\n{SHORT}" if self.args.mmhal_short else prompt
-            questions.append(Question(i, str(i), prompt, asked, image, where, gold))
-        return questions
-
-    def read_answer(self, row, where, index):
-        if isinstance(row, dict) and "model_answer" in row:  # the official template, filled in: its order is the key
-            return str(index), need(row, "model_answer", str, where)
-        return super().read_answer(row, where, index)
-
-    @staticmethod
-    def parse(reply):
-        """The one n of "rating: n", 0 to 6; none or several different ones count as 0. So "Rating: 10" is 1, "Rating:4" is 0."""
-        ratings = [n for n in range(7) if f"rating: {n}" in reply.lower()]
-        return ratings[0] if len(ratings) == 1 else None
-
-    def score(self, questions, texts):
-        path = self.root / "judge_prompt.txt"  # a template with four {}: image contents, question, human answer, answer to judge
-        template = path.read_text(encoding="utf-8") if path.exists() else JUDGE_PROMPT
-        judge = ChatModel(self.args, self.args.out_dir / self.name / "judge.jsonl", temperature=0)
-        prompts = [template.format(", ".join(question.gold["contents"]), question.prompt, question.gold["answer"], text)
-                   for question, text in zip(questions, texts)]
-        waiting = [prompt for prompt in prompts if prompt not in judge.replies]
-        if waiting and not judge.url:
-            kept = [{"model": judge.model, "prompt": prompt, "reply": reply} for prompt, reply in judge.replies.items()]
-            write_lines(judge.path, kept + [{"model": None, "prompt": prompt, "reply": None} for prompt in waiting])
-            return {"note": f"{len(waiting)} answers wait for their judge: give --judge_url and --judge_model and run again, or put a "
-                            f"\"reply\" (and the judge's name as \"model\") into each line of {judge.path} and run again",
-                    "unparsed": 0}, [(None, question.gold["answer"], None) for question in questions]
-
-        triples = []
-        for question, prompt in zip(questions, prompts):
-            parsed = self.parse(judge.ask(prompt))
-            triples.append((parsed, question.gold["answer"], float(parsed or 0)))
-        ratings = [rating for _, _, rating in triples]
-        types = dict.fromkeys(question.gold["type"] for question in questions)
-        self.protocol = {"judge": ", ".join(sorted(map(str, judge.models))), "judge_prompt": "judge_prompt.txt" if path.exists() else "built in"}
-        return {"score": mean(ratings), "hallucination_rate": percent(sum(rating < 3 for rating in ratings), len(ratings)),
-                "informativeness": mean(rating - 3 if rating >= 3 else rating for rating in ratings) / 3 * 100,
-                "by_type": {kind: mean(rating for question, rating in zip(questions, ratings) if question.gold["type"] == kind) for kind in types},
-                "unparsed": sum(parsed is None for parsed, _, _ in triples)}, triples
-
-    def submission(self, questions, texts):
-        rows = [row | {"model_answer": text} for row, text in zip(self.json("response_template.json"), texts)]
-        return {"responses.json": json.dumps(rows, ensure_ascii=False, indent=1)}
 
 # --- AMBER ------------------------------------------------------------------------------------------------------------
 
 
 class AMBER(Benchmark):
     """
-    1,004 descriptions and 14,216 yes/no questions. The official scorer tags nouns and compares them by word vectors with two
-    language packages; here a noun is any word of AMBER's own association lists, and words match when they are equal or listed as
-    associated. So CHAIR comes out a little higher and Cover lower than there; the yes/no half is the same.
+    1,004 descriptions and 14,216 yes/no questions. The official scorer finds nouns with a tagger, and takes words for the
+    same if their vectors are similar. Here every word of AMBER's association lists is a noun, and words are the same if
+    equal or associated there. So CHAIR is a little higher than the official one and Cover lower; yes/no is the same.
     """
     folder = "AMBER"
     max_new_tokens = 1024
+    attributes = ["discriminative-attribute-state", "discriminative-attribute-number", "discriminative-attribute-action"]
+    kinds = {"existence": ["discriminative-hallucination"], "attribute": attributes, "state": attributes[:1],
+             "number": attributes[1:2], "action": attributes[2:], "relation": ["discriminative-relation", "relation"]}
 
     def load(self):
-        self.associated = self.json("data/relation.json")
-        self.vocabulary = set(self.associated).union(*self.associated.values())
-        self.safe = set((self.root / "data/safe_words.txt").read_text(encoding="utf-8").split())
-        golds, questions = self.json("data/annotations.json"), []
-        for i, row in enumerate(self.json("data/query/query_all.json")):
-            where = f"{self.root / 'data/query/query_all.json'} row {i}"
+        self.associated = self.json("data/relation.json", dict)
+        lists = [need(self.associated, word, list, self.root / "data/relation.json") for word in self.associated]
+        self.vocabulary = set(self.associated).union(*lists)
+        self.safe = set(read_text(self.root / "data/safe_words.txt").split())
+        golds = self.rows("data/annotations.json")
+        questions = []
+        for where, row in self.rows("data/query/query_all.json"):
             id, query = need(row, "id", int, where), need(row, "query", str, where)
             if not 1 <= id <= len(golds):
                 raise EvaluationError(f"{where}: id {id} has no entry in data/annotations.json, which has {len(golds):,}")
-            gold = golds[id - 1]  # by position
+            gold_where, gold = golds[id - 1]  # by position
+            if need(gold, "type", str, gold_where) == "generative":
+                for word in need(gold, "truth", list, gold_where) + need(gold, "hallu", list, gold_where):
+                    if word not in self.associated:
+                        raise EvaluationError(f"{gold_where}: {word!r} has no entry in data/relation.json")
+            elif gold.get("truth") not in ("yes", "no"):
+                raise EvaluationError(f'{gold_where}: "truth" should be yes or no, found {str(gold.get("truth"))[:40]!r}')
             asked = query if gold["type"] == "generative" else f"{query}\n{SHORT}"
-            questions.append(Question(id, str(id), query, asked, self.root / "image" / need(row, "image", str, where), where, gold))
+            image = self.root / "image" / need(row, "image", str, where)
+            questions.append(Question(id, str(id), query, asked, image, where, gold))
         return questions
 
     def read_answer(self, row, where, index):
@@ -1479,77 +1477,74 @@ class AMBER(Benchmark):
         return super().read_answer(row, where, index)
 
     def tidy(self, question, text):
-        """The scorer takes exactly "Yes" or "No", so "yes, it is" has to become the one and "there is none" the other before."""
+        """The scorer takes exactly "Yes" or "No"; the answer file gets the one or the other where the model says so."""
         if question.gold["type"] == "generative":
             return text
         return "Yes" if "yes" in text.lower() else "No" if "no" in text.lower() else text
 
     def score(self, questions, texts):
-        totals, triples = Counter(), []
+        total, triples = Counter(), []
+        by_kind = {"all": [], **{kind: [] for kind in self.kinds}}
         for question, text in zip(questions, texts):
             if question.gold["type"] == "generative":
-                triples.append(self.score_description(question.gold, text, totals))
-            else:
-                truth = question.gold["truth"].capitalize()
-                parsed = text if text in ("Yes", "No") else "other"
-                triples.append((parsed.lower(), truth.lower(), float(parsed == truth)))
+                triples.append(self.score_description(question.gold, text, total))
+                continue
+            parsed, gold = {"Yes": "yes", "No": "no"}.get(text, "other"), question.gold["truth"]
+            triples.append((parsed, gold, float(parsed == gold)))
+            for kind, types in self.kinds.items():
+                if question.gold["type"] in types:
+                    by_kind[kind].append(triples[-1])
+            by_kind["all"].append(triples[-1])
 
-        def ratio(part, whole):  # all official counters start at 0.001, which shows in tiny samples
-            return 100 * (part + 0.001) / (whole + 0.001)
-
-        chair = round(ratio(totals["hallucinated"], totals["nouns"]), 1)
-        numbers = {"chair": chair, "cover": round(ratio(totals["covered"], totals["truth"]), 1),
-                   "hal": round(100 - ratio(totals["clean"], totals["descriptions"]), 1),
-                   "cog": round(ratio(totals["cog"], totals["hallu"]), 1), "counts": dict(totals)}
-
-        attribute = ["discriminative-attribute-state", "discriminative-attribute-number", "discriminative-attribute-action"]
-        kinds = {"all": None, "existence": ["discriminative-hallucination"], "attribute": attribute,
-                 "state": attribute[:1], "number": attribute[1:2], "action": attribute[2:], "relation": ["discriminative-relation", "relation"]}
-        for name, types in kinds.items():
-            rows = [triple for question, triple in zip(questions, triples)
-                    if question.gold["type"] != "generative" and (types is None or question.gold["type"] in types)]
-            correct_no = sum(parsed == gold == "no" for parsed, gold, _ in rows)
-            precision = round(ratio(correct_no, sum(parsed == "no" for parsed, _, _ in rows)), 1)  # positive is no
-            recall = round(ratio(correct_no, sum(gold == "no" for _, gold, _ in rows)), 1)
-            nudge = 0.001 if name == "existence" else 0.0001
-            f1 = round(2 * precision * recall / (precision + recall + 100 * nudge), 1)
-            part = {"accuracy": round(ratio(sum(score for _, _, score in rows), len(rows)), 1), "precision": precision,
-                    "recall": recall, "f1": f1, "rows": len(rows)}
-            numbers |= part if name == "all" else {name: part}
-        numbers["amber_score"] = (100 - chair + numbers["f1"]) / 2
-        numbers["unparsed"] = sum(parsed == "other" for parsed, _, _ in triples)
-        self.protocol = {"nouns": "words of data/relation.json; equal or associated, no word vectors"}
+        numbers = {"chair": self.rate(total["hallucinated"], total["nouns"]), "cover": self.rate(total["covered"], total["truth"]),
+                   "hal": round(100 - self.rate(total["clean"], total["descriptions"], digits=9), 1),
+                   "cog": self.rate(total["remembered"], total["hallu"]), "counts": dict(total)}
+        parts = {kind: self.score_choices(rows, nudge=0.001 if kind == "existence" else 0.0001) for kind, rows in by_kind.items()}
+        numbers |= parts.pop("all")
+        numbers |= {"by_type": parts, "amber_score": (100 - numbers["chair"] + numbers["f1"]) / 2,
+                    "unparsed": sum(parsed == "other" for parsed, _, _ in triples)}
+        self.protocol = {"nouns": "words of relation.json, equal or associated"}
         return numbers, triples
 
-    def score_description(self, gold, text, totals):
-        for word in gold["truth"] + gold["hallu"]:
-            if word not in self.associated:
-                raise EvaluationError(f"{self.root / 'data/relation.json'}: no entry for {word!r}, which data/annotations.json names")
+    @staticmethod
+    def rate(part, whole, digits=1):
+        """In percent. All official counters start at 0.001, which shows in small samples: 0 of 1 is 0.1."""
+        return round(100 * (part + 0.001) / (whole + 0.001), digits)
 
-        def owner(noun, objects):
-            """Position of the object that a noun stands for: associations of all objects first, then the objects themselves."""
-            for i, word in enumerate(objects):
-                if noun in self.associated[word]:
-                    return i
-            return objects.index(noun) if noun in objects else None
+    def score_choices(self, rows, nudge):
+        """Accuracy, precision, recall and F1, where positive means *no*; F1 is of the rounded two, its divisor nudged."""
+        right = sum(parsed == gold == "no" for parsed, gold, _ in rows)
+        precision = self.rate(right, sum(parsed == "no" for parsed, _, _ in rows))
+        recall = self.rate(right, sum(gold == "no" for _, gold, _ in rows))
+        return {"accuracy": self.rate(sum(score for _, _, score in rows), len(rows)), "precision": precision, "recall": recall,
+                "f1": round(2 * precision * recall / (precision + recall + 100 * nudge), 1), "rows": len(rows)}
 
+    def score_description(self, gold, text, total):
+        """Each noun is safe, stands for a true object (and covers it), or is hallucinated, perhaps as one that was expected."""
         nouns = [noun for noun in (lemma(token, self.vocabulary) for token in word_tokens(text)) if noun in self.vocabulary]
-        covered, cog, hallucinated = set(), set(), []
+        covered, remembered, hallucinated = set(), set(), []
         for noun in nouns:
             if noun in self.safe:
                 continue
-            if owner(noun, gold["truth"]) is not None:
-                covered.add(owner(noun, gold["truth"]))
-                continue
-            if owner(noun, gold["hallu"]) is not None:
-                cog.add(owner(noun, gold["hallu"]))
-            hallucinated.append(noun)
-        totals.update(nouns=len(nouns), hallucinated=len(hallucinated), covered=len(covered), truth=len(gold["truth"]), cog=len(cog),
-                      hallu=len(gold["hallu"]), clean=not hallucinated, descriptions=1)
+            true, expected = self.find(noun, gold["truth"]), self.find(noun, gold["hallu"])
+            if true is not None:
+                covered.add(true)
+            else:
+                hallucinated.append(noun)
+                remembered |= {expected} - {None}
+        total.update(nouns=len(nouns), hallucinated=len(hallucinated), covered=len(covered), truth=len(gold["truth"]),
+                     remembered=len(remembered), hallu=len(gold["hallu"]), clean=not hallucinated, descriptions=1)
         return nouns, gold["truth"], float(not hallucinated)
 
-    def submission(self, questions, texts):
-        return {"responses.json": json.dumps([{"id": question.id, "response": text} for question, text in zip(questions, texts)], ensure_ascii=False)}
+    def find(self, noun, objects):
+        """
+        The position of the object that a noun stands for, or None. All associations come before the objects themselves: of
+        [boat, ship] with ship associated to boat, "ship" covers the boat, and the ship can never be covered.
+        """
+        for i, word in enumerate(objects):
+            if noun in self.associated[word]:
+                return i
+        return objects.index(noun) if noun in objects else None
 
 
 BENCHMARKS = {"gqa": GQA, "vizwiz": VizWiz, "scienceqa": ScienceQA, "textvqa": TextVQA, "mme": MME, "mmbench": MMBench,
@@ -1558,95 +1553,97 @@ BENCHMARKS = {"gqa": GQA, "vizwiz": VizWiz, "scienceqa": ScienceQA, "textvqa": T
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. The report
 
-# Tables 1, 2 and 5 of the paper.
-COMPREHENSION = ["GQA", "VizWiz", "SQA-I", "TextVQA", "MME", "MMB", "MMB-CN", "AVG"]
-HALLUCINATION = ["ObjHal resp", "ObjHal ment", "POPE F1", "MMHal", "MMHal hall"]
-PAPER = {
-    "teacher, Qwen-1.5-7B": [62.3, 40.7, 70.9, 55.3, 72.1, 68.5, 64.9, 62.1, 50.1, 24.8, 84.9, 2.60, 20.7],
-    "teacher, Qwen-2-7B": [62.5, 37.9, 73.2, 57.2, 78.0, 71.6, 71.1, 64.5, 29.7, 23.4, 85.7, 2.88, 14.5],
-    "2B, Qwen-1.5-1.8B": [58.7, 39.2, 68.0, 58.5, 66.7, 66.3, 61.9, 59.9, 11.4, 7.2, 87.0, 2.76, 17.2],
-    "2B, Qwen-2-1.5B": [58.8, 40.4, 69.2, 59.9, 69.2, 68.9, 64.4, 61.6, 11.2, 5.9, 87.2, 2.91, 13.8],
-    "1B, Qwen-1.5-0.5B": [56.2, 31.6, 62.8, 53.9, 65.3, 58.8, 50.4, 54.1],
-    "1B, Qwen-2-0.5B": [56.6, 35.1, 61.1, 57.1, 67.0, 58.7, 54.1, 55.7],
-    "2B, Qwen-1.5-1.8B, mimic only": [59.3, 40.0, 68.4, 58.7, 68.4, 65.1, 61.5, 60.2, 39.1, 22.6, 86.7, 2.75, 17.8],
+COLUMNS = {  # of the paper's tables -> (benchmark, key in results.json)
+    "GQA": ("gqa", "accuracy"), "VizWiz": ("vizwiz", "val_accuracy"), "SQA-I": ("scienceqa", "accuracy"),
+    "TextVQA": ("textvqa", "accuracy"), "MME": ("mme", "percentage"), "MMB": ("mmbench", "accuracy"),
+    "MMB-CN": ("mmbench_cn", "accuracy"), "AVG": None,
+    "ObjHal resp": ("objhal", "chair_s"), "ObjHal ment": ("objhal", "chair_i"), "POPE F1": ("pope", "f1"),
+    "MMHal": ("mmhal", "score"), "MMHal hall": ("mmhal", "hallucination_rate"),
 }
+PAPER = {
+    "teacher, Qwen-1.5-7B": "62.3 40.7 70.9 55.3 72.1 68.5 64.9 62.1 50.1 24.8 84.9 2.60 20.7",
+    "teacher, Qwen-2-7B": "62.5 37.9 73.2 57.2 78.0 71.6 71.1 64.5 29.7 23.4 85.7 2.88 14.5",
+    "2B, Qwen-1.5-1.8B": "58.7 39.2 68.0 58.5 66.7 66.3 61.9 59.9 11.4 7.2 87.0 2.76 17.2",
+    "2B, Qwen-1.5-1.8B, mimic only": "59.3 40.0 68.4 58.7 68.4 65.1 61.5 60.2 39.1 22.6 86.7 2.75 17.8",
+    "2B, Qwen-2-1.5B": "58.8 40.4 69.2 59.9 69.2 68.9 64.4 61.6 11.2 5.9 87.2 2.91 13.8",
+    "1B, Qwen-1.5-0.5B": "56.2 31.6 62.8 53.9 65.3 58.8 50.4 54.1",
+    "1B, Qwen-2-0.5B": "56.6 35.1 61.1 57.1 67.0 58.7 54.1 55.7",
+}
+NOTES = """\
+MME is perception as a percentage of its maximum. ObjHal and MMHal hall: lower is better. The paper's VizWiz comes from the
+official server (test-dev), ours is the local val score; the paper's ObjHal lets a chat model list the objects, ours does
+with --objhal_extract=True. How each of our numbers was made stands in results.json.
+"""
 
 
-def report(benchmark, texts, settings, args):
-    """Score one benchmark; write scored.jsonl, its entry of results.json, and results.md."""
-    missing = [question for question in benchmark.questions if question.key not in texts]
-    questions = [question for question in benchmark.questions if question.key in texts]
-    answers = [texts[question.key] for question in questions]
-    folder = args.out_dir / benchmark.name
+def our_row(results):
+    """results.json -> {column: number}, as far as there are headlines."""
+    row = {}
+    for column, (name, key) in ((column, place) for column, place in COLUMNS.items() if place):
+        entry = results.get(name, {})
+        if f"{key}_extracted" in entry or key in entry:
+            row[column] = entry.get(f"{key}_extracted", entry.get(key))
+    averaged = list(COLUMNS)[:list(COLUMNS).index("AVG")]
+    if all(column in row for column in averaged):
+        row["AVG"] = mean(row[column] for column in averaged)
+    return row
 
-    entry = {"rows": len(benchmark.questions), "missing": len(missing)}
-    numbers, triples = benchmark.score(questions, answers)
-    write_lines(folder / "scored.jsonl", [
-        {"question_id": question.id, "text": text, "parsed": parsed, "gold": gold, "score": score}
-        for question, text, (parsed, gold, score) in zip(questions, answers, triples)])
-    if missing:  # an average over what happens to be there is no result
-        refusal = f"{len(missing):,} of {len(benchmark.questions):,} questions have no answer (first: question_id {missing[0].id!r})"
+
+def markdown(row):
+    """Our numbers below the paper's: comprehension, then hallucination."""
+    names = list(COLUMNS)
+    text, cut = "", names.index("AVG") + 1
+    for columns, part in [(names[:cut], slice(None, cut)), (names[cut:], slice(cut, None))]:
+        text += f"| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
+        for model, numbers in PAPER.items():
+            if numbers.split()[part]:
+                text += f"| paper: {model} | {' | '.join(numbers.split()[part])} |\n"
+        ours = [f"{row[column]:.2f}" if column in row else "" for column in columns]
+        text += f"| **ours** | {' | '.join(ours)} |\n\n"
+    return text + NOTES
+
+
+def report(benchmark, texts, answered_with, args):
+    """Score one benchmark: scored.jsonl, its entry in results.json, results.md, and a line on the screen."""
+    folder, questions = args.out_dir / benchmark.name, benchmark.questions
+    missing = [question.id for question in questions if question.key not in texts]
+    entry = {"rows": len(questions), "missing": len(missing)}
+    refusal = None
+    if missing:  # an average over the answers that happen to be there is no result
+        refusal = f"{len(missing):,} of {len(questions):,} questions have no answer (first: question_id {missing[0]!r})"
         entry["refused"] = refusal
     else:
+        answers = [texts[question.key] for question in questions]
+        numbers, triples = benchmark.score(questions, answers)
+        entry = numbers | entry
+        write_lines(folder / "scored.jsonl", [
+            {"question_id": question.id, "text": text, "parsed": parsed, "gold": gold, "score": score}
+            for question, text, (parsed, gold, score) in zip(questions, answers, triples)])
         for name, content in benchmark.submission(questions, answers).items():
             write_text(folder / name, content)
-        entry = {**numbers, **entry}
-    entry["protocol"] = {"files": benchmark.files, "suffix": benchmark.suffix, "beams": 1, "temperature": 0,
-                         **benchmark.switches, **benchmark.protocol}
-    if args.answers:
-        entry["protocol"] = {"files": benchmark.files, "answers": str(args.answers), **benchmark.protocol}
-    entry["protocol"]["answering"] = settings or "not recorded in the answer file"
+    entry["protocol"] = {"files": benchmark.files, **benchmark.protocol, "answers": answered_with}
 
     path = args.out_dir / "results.json"
     results = read_json(path) if path.exists() else {}
     results[benchmark.name] = entry
     results.pop("average", None)
     row = our_row(results)
-    if all(name in row for name in COMPREHENSION[:-1]):
-        results["average"] = row["AVG"] = mean(row[name] for name in COMPREHENSION[:-1])
+    if "AVG" in row:
+        results["average"] = row["AVG"]
     write_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_text(args.out_dir / "results.md", markdown(row))
-    if missing:
-        raise EvaluationError(f"{args.answers or folder / 'answers.jsonl'}: {refusal}; no {benchmark.name} number without all of them")
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, float))
-    print(f"{benchmark.name}: {numbers.get('note') or shown} ({entry['rows']:,} rows, {entry['unparsed']:,} unparsed) -> {folder / 'scored.jsonl'}")
-
-
-def our_row(results):
-    """results.json -> {column: number}, of the headlines that are there."""
-    row = {}
-    for name, kind in BENCHMARKS.items():
-        names = kind.columns
-        if name == "objhal":  # two modes, two names; the extracted one is the paper's
-            names = {"ObjHal resp": "chair_s", "ObjHal ment": "chair_i"}
-            if "chair_s_extracted" in results.get(name, {}):
-                names = {column: f"{key}_extracted" for column, key in names.items()}
-        for column, key in names.items():
-            if key in results.get(name, {}):
-                row[column] = results[name][key]
-    return row
-
-
-def markdown(row):
-    """Our numbers under the paper's, as two tables."""
-    text = ""
-    for first, columns in [(0, COMPREHENSION), (len(COMPREHENSION), HALLUCINATION)]:
-        text += f"| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
-        for name, numbers in PAPER.items():
-            cells = numbers[first:first + len(columns)]
-            if cells:
-                text += f"| paper: {name} | {' | '.join(f'{number:.2f}' if number < 5 else f'{number:.1f}' for number in cells)} |\n"
-        cells = [f"{row[column]:.2f}" if column in row else "" for column in columns]
-        text += f"| **ours** | {' | '.join(cells)} |\n\n"
-    return text + ("MME is the perception score as a percentage of its maximum. ObjHal and MMHal hall: lower is better. Our VizWiz is the "
-                   "local val score, the paper's comes from the server. How each of ours was made stands in results.json.\n")
+    if refusal:
+        raise EvaluationError(f"{args.answers or folder / 'answers.jsonl'}: {refusal}; {benchmark.name} has no number without them")
+    shown = entry.get("note") or ", ".join(f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, float))
+    print(f"{benchmark.name}: {shown} ({entry['rows']:,} rows, {entry['unparsed']:,} unparsed)", flush=True)
 
 
 def evaluate(args):
     benchmarks = [BENCHMARKS[name](name, args) for name in args.benchmark]  # reads and checks every file before any work
     if args.answers:
-        texts, settings = read_answers(args.answers, benchmarks[0])
-        report(benchmarks[0], texts, settings, args)
+        settings = args.answers.parent / "settings.json"  # ours have one
+        answered_with = read_json(settings) if settings.exists() else f"{args.answers}, made elsewhere"
+        report(benchmarks[0], read_answers(args.answers, benchmarks[0]), answered_with, args)
         return
 
     rank, world = start_ranks()
@@ -1656,15 +1653,14 @@ def evaluate(args):
 
     def llava():  # loaded when the first question needs it, then kept
         if not loaded:
-            loaded.append(Llava.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device).eval())
+            loaded.append(Llava.from_pretrained(args.model, getattr(torch, args.dtype), args.device).eval())
         return loaded[0]
 
     for benchmark in benchmarks:
         answer(benchmark, llava, args, rank, world)
         if rank == 0:
-            texts, settings = read_answers(args.out_dir / benchmark.name / "answers.jsonl", benchmark)
-            report(benchmark, texts, settings, args)
-    wait_for_all(world)
+            folder = args.out_dir / benchmark.name
+            report(benchmark, read_answers(folder / "answers.jsonl", benchmark), read_json(folder / "settings.json"), args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,8 @@ import pytest
 
 from configurator import Config, ConfigError, load_config
 
-DEFAULTS = {"learning_rate": 1e-3, "batch_size": 32, "dry_run": False, "student": "out/align", "teacher": None, "max_steps": 0}
+DEFAULTS = {"learning_rate": 1e-3, "batch_size": 32, "dry_run": False, "student": "out/align", "teacher": None,
+            "max_steps": 0}
 
 
 def write(folder, text, name="stage.py"):
@@ -39,8 +40,10 @@ def test_later_wins_files_in_order_then_flags(tmp_path):
 
 
 def test_flags_are_parsed_by_the_type_of_the_default():
-    config = load_config(DEFAULTS, ["--learning_rate=1", "--batch_size=-8", "--dry_run=True", "--student=a=b", "--teacher=7"])
-    assert config == {"learning_rate": 1.0, "batch_size": -8, "dry_run": True, "student": "a=b", "teacher": "7", "max_steps": 0}
+    flags = ["--learning_rate=1", "--batch_size=-8", "--dry_run=True", "--student=a=b", "--teacher=7"]
+    config = load_config(DEFAULTS, flags)
+    assert config == {"learning_rate": 1.0, "batch_size": -8, "dry_run": True, "student": "a=b", "teacher": "7",
+                      "max_steps": 0}
     assert type(config.learning_rate) is float and type(config.teacher) is str
     assert load_config(DEFAULTS, ["--learning_rate=1e-4", "--dry_run=False", "--student="]).learning_rate == 1e-4
 

@@ -1,24 +1,25 @@
 """
 Answers the paper's benchmarks with a checkpoint, and scores answers the way the official scorers do.
 
-    python evaluate.py --model=out/pd --benchmark=pope,gqa --data=data/eval --out_dir=out/eval        # answer and score
-    python evaluate.py --answers=answers.jsonl --benchmark=pope --data=data/eval --out_dir=out/eval   # only score
-    torchrun --nproc_per_node=8 evaluate.py --model=out/pd --benchmark=mme ...                        # answer on 8 GPUs
+    python evaluate.py --model=out/pd --benchmark=pope,gqa --data=data/eval --out_dir=out/eval      # answer and score
+    python evaluate.py --answers=a.jsonl --benchmark=pope --data=data/eval --out_dir=out/eval       # only score
+    torchrun --nproc_per_node=8 evaluate.py --model=out/pd --benchmark=mme ...                      # on 8 GPUs
 
 A benchmark is three things: questions about images, a prompt, and a rule that turns free text into a score. The model
 hardly matters for the first two, and the rule is where numbers of different papers part: POPE reads "None" as *yes*,
-MME reads "Not sure" as *no*, ScienceQA fails "A." and accepts "A. rock". Nobody would invent these rules, but a number
-stands beside the published one only if it obeys them. So every rule here is the official one, oddities included, and the
-oddities are spelled out where they happen.
+MME reads "Not sure" as *no*, ScienceQA fails "A." and accepts "A. rock". Nobody would invent these rules today, but a
+number stands beside the published one only if it obeys them. So every rule here is the official one, oddities
+included, and each oddity is named where it happens.
 
-Files. `--data` is the folder that LLaVA's evaluation package unpacks to, one folder per benchmark. For benchmark NAME,
-    OUT/NAME/answers.jsonl   one line per question: {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
-    OUT/NAME/scored.jsonl    the same questions read by the scorer: {"question_id", "text", "parsed", "gold", "score"}
-    OUT/results.json         the numbers, each with the protocol that produced it; OUT/results.md beside the paper's
-A run that was interrupted continues where it stopped. Percentages are out of 100.
+`--data` is the folder that LLaVA's evaluation package unpacks to, with one folder per benchmark. `--out_dir` gets
+    NAME/answers.jsonl  {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, a line per question
+    NAME/scored.jsonl   the scorer's view: {"question_id", "text", "parsed", "gold", "score"}
+    results.json        the numbers (percentages out of 100), each with the protocol that made it
+    results.md          the numbers below the paper's
+A run that was interrupted continues where it stopped.
 
-Read top-down: 1. the command line, 2. answering, 3. reading files, 4. the normaliser of the VQA family, 5. nouns and COCO
-objects in text, 6. asking a chat model, 7. the benchmarks, 8. the report.
+Read top-down: 1. the command line, 2. answering, 3. files, 4. the normaliser of the VQA family, 5. nouns and objects
+in a text, 6. asking a chat model, 7. the benchmarks, 8. the report.
 """
 import argparse
 import base64
@@ -84,7 +85,7 @@ def parse_arguments(argv):
     add("--crop", type=yes_or_no, default=False, help="centre crop in place of padding, as some official scripts do")
     add("--ocr", type=yes_or_no, default=True, help="textvqa: show the reference OCR tokens, as the paper does")
     add("--vizwiz_split", choices=["val", "test"], default="val", help="test: only a file for the official server")
-    add("--mmhal_short", type=yes_or_no, default=True, help="mmhal: ask for short answers, as the authors' script does")
+    add("--mmhal_short", type=yes_or_no, default=True, help="mmhal: ask for short answers, as the authors do")
     add("--objhal_extract", type=yes_or_no, default=False, help="objhal: a chat model lists the objects named")
     add("--judge_url", help="OpenAI-compatible endpoint of the chat model, such as http://localhost:8000/v1")
     add("--judge_model", help="name of the chat model there")
@@ -95,7 +96,8 @@ def parse_arguments(argv):
         flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1)
-        raise EvaluationError(f"{unknown[0]}: no such flag" + (f", did you mean {near[0]}?" if near else "; see --help"))
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise EvaluationError(f"{unknown[0]}: no such flag, {hint}")
     args.benchmark = args.benchmark.split(",")
     for name in args.benchmark:
         if name not in BENCHMARKS:
@@ -107,7 +109,7 @@ def parse_arguments(argv):
     if args.answers and len(args.benchmark) > 1:
         raise EvaluationError(f"--answers is of one benchmark, found --benchmark={','.join(args.benchmark)}")
     if bool(args.judge_url) != bool(args.judge_model):
-        raise EvaluationError("--judge_url and --judge_model go together: where the chat model is, and which one it is")
+        raise EvaluationError("--judge_url and --judge_model go together: where the chat model is, and which it is")
     if args.objhal_extract and not args.judge_url:
         raise EvaluationError("--objhal_extract=True needs the chat model: give --judge_url and --judge_model")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -130,7 +132,7 @@ class Question:
 
 
 def start_ranks():
-    """-> (rank, world size). Under torchrun the ranks only meet at barriers and talk through files, so gloo will do."""
+    """-> (rank, world size). Under torchrun the ranks meet at barriers only and talk through files: gloo will do."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # a rank may wait long for a slower one
@@ -149,14 +151,14 @@ def load_pixels(question, size, crop):
         try:
             image = load_image(io.BytesIO(question.image))
         except DataError:
-            raise EvaluationError(f"{question.where}: the base64 text is not a readable image; replace the file") from None
+            raise EvaluationError(f"{question.where}: the base64 is not a readable image; replace the file") from None
     return transform_image(image, size, pad=not crop)  # (3, S, S)
 
 
 def settings_of(benchmark, args):
     """
-    All that the answers depend on. It is kept in settings.json beside them: an interrupted run is continued, and finished
-    answers are used again, only if nothing here has changed, the weights and the questions included.
+    All that the answers depend on. It is kept in settings.json beside them: an interrupted run is continued, and
+    finished answers are used again, only if nothing here has changed, the weights and the questions included.
     """
     weights = sorted(args.model.glob("*.safetensors"))
     if not weights:
@@ -164,14 +166,15 @@ def settings_of(benchmark, args):
     written = time.gmtime(max(file.stat().st_mtime for file in weights))
     questions = hashlib.sha256("".join(benchmark.job(question) for question in benchmark.questions).encode())
     return {"model": str(args.model), "weights_written": time.strftime("%Y-%m-%d %H:%M:%S", written),
-            "questions": questions.hexdigest()[:12], "crop": args.crop, "dtype": args.dtype, "beams": 1, "temperature": 0,
-            "max_new_tokens": benchmark.max_new_tokens, "suffix": benchmark.suffix, **benchmark.switches}
+            "questions": questions.hexdigest()[:12], "suffix": benchmark.suffix, **benchmark.switches,
+            "crop": args.crop, "beams": 1, "temperature": 0, "max_new_tokens": benchmark.max_new_tokens,
+            "dtype": args.dtype}
 
 
 def answer(benchmark, llava, args, rank, world):
     """
-    Answer every question of the benchmark; rank 0 writes answers.jsonl. `llava` is a function that gives the model, so that
-    nothing is loaded when nothing is left to do.
+    Answer every question of the benchmark; rank 0 writes answers.jsonl. `llava` is a function that gives the model,
+    so that nothing is loaded when nothing is left to do.
 
     Each rank appends to a file of its own, answers.partial.RANK.jsonl, which is what a later run continues from.
     """
@@ -221,45 +224,48 @@ def answer(benchmark, llava, args, rank, world):
 @torch.no_grad()
 def answer_jobs(benchmark, llava, args, todo, folder, rank, world):
     """
-    Greedy decoding in batches, every `world`-th batch on this rank. Sorted by length, so that a batch needs little padding
-    and the longest come first: a batch that does not fit into memory says so at once. No row sees another.
+    Greedy decoding in batches, every `world`-th batch on this rank. Sorted by length, so that a batch needs little
+    padding and the longest come first: a batch that does not fit into memory says so at once. No row sees another.
     """
     config, tokenizer = llava.config, llava.tokenizer
-    pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+    size = 1 if config.pad_token_id is None else args.batch_size  # nothing to pad with: rows of unequal length cannot meet
     work = []
     for job, question in todo.items():
         asked = question.asked if question.image is None else "<image>\n" + question.asked
         ids, _ = render([{"from": "human", "value": asked}], tokenizer, config.template, config.image_tokens)
         work.append((ids, job, question))
     work.sort(key=lambda item: -len(item[0]))
-    batches = [work[i:i + args.batch_size] for i in range(0, len(work), args.batch_size)][rank::world]
+    batches = [work[i:i + size] for i in range(0, len(work), size)][rank::world]
 
     started = told = time.time()
-    with ThreadPoolExecutor() as pool, open(folder / f"answers.partial.{rank}.jsonl", "a", encoding="utf-8") as partial:
-        def start_loading(batch):  # the next batch's images are read and resized while the model is busy with this one
+    path = folder / f"answers.partial.{rank}.jsonl"
+    with ThreadPoolExecutor() as pool, open(path, "a", encoding="utf-8") as partial:
+        def start_loading(batch):  # images of the next batch are read and resized while the model is busy with this one
             shown = [question for _, _, question in batch if question.image is not None]
             return [pool.submit(load_pixels, question, config.vision.image_size, args.crop) for question in shown]
 
         ahead = start_loading(batches[0]) if batches else []
         for n, batch in enumerate(batches):
             loading, ahead = ahead, start_loading(batches[n + 1]) if n + 1 < len(batches) else []
-            pixels = torch.stack([each.result() for each in loading]).to(args.device) if loading else None  # (N, 3, S, S)
+            pixels = None
+            if loading:
+                pixels = torch.stack([each.result() for each in loading]).to(args.device)  # (N, 3, S, S)
             longest = len(batch[0][0])
-            padded = [ids + [pad] * (longest - len(ids)) for ids, _, _ in batch]
-            output = llava.generate(torch.tensor(padded, device=args.device), pixels, benchmark.max_new_tokens)  # (B, new)
+            padded = [ids + [config.pad_token_id] * (longest - len(ids)) for ids, _, _ in batch]
+            input_ids = torch.tensor(padded, device=args.device)  # (B, T)
+            output = llava.generate(input_ids, pixels, benchmark.max_new_tokens)  # (B, new)
 
             for (_, job, _), new in zip(batch, output.tolist()):
-                if config.eos_token_id in new:
-                    new = new[:new.index(config.eos_token_id)]
-                text = tokenizer.decode(new, skip_special_tokens=True).strip()
+                text = tokenizer.decode(new, skip_special_tokens=True).strip()  # end token and padding are special
                 partial.write(json.dumps({"job": job, "text": text}, ensure_ascii=False) + "\n")
             partial.flush()
 
             if rank == 0 and (time.time() - told > 5 or n + 1 == len(batches)):
                 told, seconds = time.time(), time.time() - started
                 left = timedelta(seconds=round(seconds / (n + 1) * (len(batches) - n - 1)))
-                done = min((n + 1) * args.batch_size * world, len(work))
-                print(f"{benchmark.name}: {done:,}/{len(work):,} answered, {done / seconds:.1f}/s, {left} left", flush=True)
+                done = min((n + 1) * size * world, len(work))
+                speed = f"{done / seconds:.1f}/s, {left} left"
+                print(f"{benchmark.name}: {done:,}/{len(work):,} answered, {speed}", flush=True)
 
 
 def read_partial_answers(path):
@@ -294,7 +300,8 @@ def read_text(path):
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); check --data, the README says what goes where") from None
+        hint = "check --data, the README says what goes where"
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except ValueError:
         raise EvaluationError(f"{path}: is not UTF-8 text; replace the file") from None
 
@@ -326,7 +333,8 @@ def need(row, key, kind, where):
     value = row.get(key) if isinstance(row, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        found = json.dumps(value if isinstance(row, dict) and key in row else row, default=repr, ensure_ascii=False)[:60]
+        found = value if isinstance(row, dict) and key in row else row
+        found = json.dumps(found, default=repr, ensure_ascii=False)[:60]
         raise EvaluationError(f'{where}: "{key}" should be there as {names}, found {found}; correct the row')
     return value
 
@@ -343,17 +351,17 @@ def write_lines(path, rows):
 
 
 def read_answers(path, benchmark):
-    """An answer file -> {key of the question: text}. Some questions may have no answer; no answer may lack its question."""
+    """An answer file -> {key of the question: text}. A question may lack its answer, but no answer its question."""
     known = {question.key for question in benchmark.questions}
     texts, first_at = {}, {}
     for i, (where, row) in enumerate(read_rows(path)):
         key, text = benchmark.read_answer(row, where, i)
         shown = " ".join(key) if isinstance(key, tuple) else key
         if key in texts:
-            raise EvaluationError(f"{where}: question {shown} has its answer in {first_at[key]} already; keep one of the two")
+            raise EvaluationError(f"{where}: question {shown} has its answer in {first_at[key]} already; keep one")
         if key not in known:
-            raise EvaluationError(f"{where}: question {shown} is none of the {len(known):,} of {benchmark.name}; is this the "
-                                  "answer file of another benchmark or release?")
+            raise EvaluationError(f"{where}: question {shown} is none of the {len(known):,} of {benchmark.name}; "
+                                  "is this the answer file of another benchmark or release?")
         texts[key], first_at[key] = text, where
     return texts
 
@@ -365,11 +373,12 @@ NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four
            "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 # A word that lacks one of its apostrophes gets it back: dont -> don't, couldnt've and couldn'tve -> couldn't've.
 CONTRACTED = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
-    isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
-    somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
-    they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've
-    who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm
+    I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+    shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+    there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
+    you've
     couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
     something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
     y'all'd've 'ow's'at""".split()
@@ -379,9 +388,9 @@ CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"} 
 
 def normalise(text: str) -> str:
     """
-    "The 1,000 dogs." -> "1000 dogs", "red,white" -> "redwhite", "a.m." -> "am", "What's" -> "what 's", "two-way" -> "two way".
+    "The 1,000 dogs." -> "1000 dogs", "red,white" -> "redwhite", "a.m." -> "am", "What's" -> "what 's"
 
-    The order of the steps is part of the rule: commas have gone before punctuation is looked at, so none becomes a space.
+    The order of the steps is part of the rule: commas go before punctuation is looked at, so none becomes a space.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -396,8 +405,8 @@ def normalise(text: str) -> str:
 
 def soft_accuracy(answer: str, golds: list[str]) -> float:
     """
-    The mean over annotators of min(matches among the *others* / 3, 1), for normalised strings. If k of ten annotators gave
-    the answer, k = 0, 1, 2, 3, 4 scores 0, 0.3, 0.6, 0.9, 1.
+    The mean over annotators of min(matches among the *others* / 3, 1), for normalised strings. If k of ten annotators
+    gave the answer, k = 0, 1, 2, 3, 4 scores 0, 0.3, 0.6, 0.9, 1.
     """
     scores = []
     for i in range(len(golds)):  # left out by position: equal answers of two annotators are still two answers
@@ -408,9 +417,10 @@ def soft_accuracy(answer: str, golds: list[str]) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Nouns and COCO objects in a text (Object HalBench, AMBER)
 
-# The official scorers look nouns up in WordNet. We have none, so a noun is known if the benchmark's own vocabulary has it,
-# and that is all that scoring asks. Endings are WordNet's, and its surprises come along: "men" is a word of its own there
-# and never becomes "man"; of several singulars it takes the shortest, which turns "vases" into "vas", a duct.
+# The official scorers look nouns up in WordNet. We have none, so a noun is known if the benchmark's own vocabulary
+# has it, and that is all that scoring asks. Endings are WordNet's, and its surprises come along: "men" is a word of
+# its own there and never becomes "man"; of several singulars it takes the shortest, which turns "vases" into "vas", a
+# duct.
 ENDINGS = [("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
            ("men", "man"), ("ies", "y")]
 IRREGULAR = {"children": "child", "geese": "goose", "knives": "knife", "mice": "mouse", "oxen": "ox", "calves": "calf",
@@ -418,7 +428,7 @@ IRREGULAR = {"children": "child", "geese": "goose", "knives": "knife", "mice": "
 
 
 def lemma(word: str, vocabulary: set[str]) -> str:
-    """The singular of a noun that the vocabulary knows, else the word itself: buses -> bus, women -> woman, men -> men."""
+    """The singular that the vocabulary knows, else the word itself: buses -> bus, women -> woman, men -> men."""
     if word in IRREGULAR:
         return IRREGULAR[word]
     candidates = [word] + [word.removesuffix(end) + new for end, new in ENDINGS if word.endswith(end)]
@@ -430,14 +440,15 @@ def word_tokens(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:[-/][^\W_]+)*|'s\b|[^\w\s]", text.lower())
 
 
-# COCO's 80 categories in its order, each with words that mean it. The table is ours. A `synonyms.txt` of this format in the
-# benchmark's folder takes its place, and for a number beside the paper's, it should.
+# COCO's 80 categories in its order, each with words that mean it. The table is ours. A `synonyms.txt` of this format
+# in the benchmark's folder takes its place, and for a number beside the paper's, it should.
 SYNONYMS = """
 person, man, woman, boy, girl, child, children, kid, baby, toddler, infant, people, adult, teenager, lady, gentleman, \
 guy, male, female, mother, father, brother, sister, son, daughter, pedestrian, passenger, rider, driver, cyclist, \
-bicyclist, biker, skier, snowboarder, skateboarder, surfer, skater, swimmer, player, batter, pitcher, catcher, umpire, \
-athlete, spectator, student, teacher, worker, policeman, policewoman, officer, cop, soldier, fireman, firefighter, chef, \
-cook, waiter, waitress, farmer, cowboy, bride, groom, doctor, nurse, customer, shopper, tourist, traveler, hiker
+bicyclist, biker, skier, snowboarder, skateboarder, surfer, skater, swimmer, player, batter, pitcher, catcher, \
+umpire, athlete, spectator, student, teacher, worker, policeman, policewoman, officer, cop, soldier, fireman, \
+firefighter, chef, cook, waiter, waitress, farmer, cowboy, bride, groom, doctor, nurse, customer, shopper, tourist, \
+traveler, hiker
 bicycle, bike, tricycle, unicycle
 car, automobile, sedan, suv, van, minivan, hatchback, coupe, jeep, limousine, limo, taxi, cab, taxicab
 motorcycle, motorbike, motor bike, motor cycle, scooter, moped
@@ -522,8 +533,8 @@ toothbrush
 
 # What a chat model may put around a noun when it lists objects. Any other word passes for a noun.
 NOT_NOUNS = set("""
-    a an the this that these those some any several many few two three four five six seven eight nine ten one other another
-    of in on at by with without near under over behind beside between and or for from to its his her their
+    a an the this that these those some any several many few one two three four five six seven eight nine ten other
+    another of in on at by with without near under over behind beside between and or for from to its his her their
     red green blue yellow black white brown gray grey pink purple golden dark light bright colorful colourful
     big small large little tiny huge tall short long wide narrow old young new empty full open closed round square
     wooden metallic striped spotted parked standing sitting walking running playing smiling""".split())
@@ -533,8 +544,8 @@ class CocoWords:
     """
     Finds COCO's objects: "Two dogs, a hot dog and a baby elephant." -> ["dog", "hot dog", "elephant"].
 
-    Two neighbouring words that are one thing are joined first, so that a hot dog is no dog, a train track no train, and a
-    toilet seat no chair. Only pairs are joined: "stove top oven" never is, and its words count one by one.
+    Two neighbouring words that are one thing are joined first, so that a hot dog is no dog, a train track no train,
+    and a toilet seat no chair. Only pairs are joined: "stove top oven" never is, and its words count one by one.
     """
 
     def __init__(self, table: str):
@@ -572,9 +583,9 @@ class CocoWords:
 
     def in_list(self, objects: list[str]) -> list[str]:
         """
-        The same for a list of objects from a chat model. A string counts for its double words if it has any, else for each
-        run of nouns as *one* thing, so that an office chair is no chair; and nothing counts twice. The official code finds
-        nouns with a language package, we with NOT_NOUNS.
+        The same for a list of objects from a chat model. A string counts for its double words if it has any, else for
+        each run of nouns as *one* thing, so that an office chair is no chair; and nothing counts twice. The official
+        code finds nouns with a language package, we with NOT_NOUNS.
         """
         found = {}  # a dict for its order
         for phrase in objects:
@@ -592,8 +603,9 @@ class CocoWords:
 
 class ChatModel:
     """
-    An OpenAI-compatible endpoint and the file of its replies. A reply is in the file as soon as it is there, and what has its
-    reply in the file is never asked again. Without an endpoint the file is all there is: replies may be written into it.
+    An OpenAI-compatible endpoint and the file of its replies. A reply is in the file as soon as it is there, and what
+    has its reply in the file is never asked again. Without an endpoint the file is all there is: replies may be
+    written into it.
     """
 
     def __init__(self, args, path, temperature):
@@ -601,7 +613,7 @@ class ChatModel:
         self.headers = {}
         if args.judge_key_env:
             if not os.environ.get(args.judge_key_env):
-                raise EvaluationError(f"--judge_key_env: the environment variable {args.judge_key_env} is not set; put the key there")
+                raise EvaluationError(f"--judge_key_env: the environment variable {args.judge_key_env} is not set")
             self.headers["Authorization"] = f"Bearer {os.environ[args.judge_key_env]}"
         self.replies = {}  # prompt -> (model, reply)
         for where, row in read_rows(path) if path.exists() else []:
@@ -641,13 +653,14 @@ class ChatModel:
                     reply = None
                 if response.status_code == 200 and isinstance(reply, str):
                     return reply
-                trouble = f"HTTP {response.status_code} and no chat completion: {' '.join(response.text.split())[:80]!r}"
+                said = " ".join(response.text.split())[:80]
+                trouble = f"HTTP {response.status_code} and no chat completion: {said!r}"
                 if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                     break  # a wrong key or model name does not get better by waiting
             if pause:
                 time.sleep(pause)
-        raise EvaluationError(f"--judge_url: {url} gave {trouble}; {len(self.replies)} replies are kept in {self.path}, "
-                              "run the same command again to go on")
+        raise EvaluationError(f"--judge_url: {url} gave {trouble}; {len(self.replies)} replies are kept in "
+                              f"{self.path}, run the same command again to go on")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. The benchmarks
@@ -691,7 +704,8 @@ class Benchmark:
         """The content of a JSON file, which has to be a list or a dict."""
         content = read_json(self.root / name)
         if not isinstance(content, kind):
-            raise EvaluationError(f"{self.root / name}: should hold a JSON {kind.__name__}, found a {type(content).__name__}")
+            raise EvaluationError(f"{self.root / name}: should hold a JSON {kind.__name__}, found "
+                                  f"a {type(content).__name__}; replace the file")
         self.files[name] = len(content)
         return content
 
@@ -711,12 +725,11 @@ class Benchmark:
         return questions
 
     def job(self, question):
-        """Questions with the same image and words are one job, answered once: POPE's 9,000 questions are 5,127 jobs."""
-        image = question.image
+        """Questions with the same image and words are one job, done once: POPE's 9,000 questions are 5,127 jobs."""
+        image = question.image or b""
         if isinstance(image, Path):
             image = os.path.relpath(image, self.root).encode()
-        asked = question.asked.encode()
-        return hashlib.sha256(hashlib.sha256(image or b"").digest() + asked).hexdigest()[:32]
+        return hashlib.sha256(hashlib.sha256(image).digest() + question.asked.encode()).hexdigest()[:32]
 
     def read_answer(self, row, where, index):
         """A row of an answer file -> (key of its question, text)."""
@@ -756,7 +769,7 @@ def decode_base64(text, where):
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
-        raise EvaluationError(f"{where}: the image should be base64 text, found {text[:40]!r}; replace the file") from None
+        raise EvaluationError(f"{where}: the image should be base64, found {text[:40]!r}; replace the file") from None
 
 # --- GQA --------------------------------------------------------------------------------------------------------------
 
@@ -776,14 +789,15 @@ class GQA(Benchmark):
             if question.gold is None:
                 raise EvaluationError(f"{question.where}: question_id {question.id!r} is not in {self.root / file}; "
                                       "take both files of the same release")
-        lacking = {id for id, gold in golds.items() if gold.get("isBalanced")} - {question.key for question in questions}
+        balanced = {id for id, gold in golds.items() if gold.get("isBalanced")}
+        lacking = balanced - {question.key for question in questions}
         if lacking:
-            raise EvaluationError(f"{self.root / file}: {len(lacking):,} balanced questions are not in the question file "
-                                  f"(first: {min(lacking)}); take both files of the same release")
+            raise EvaluationError(f"{self.root / file}: {len(lacking):,} balanced questions are not in the question "
+                                  f"file (first: {min(lacking)}); take both files of the same release")
         return questions
 
     def score(self, questions, texts):
-        """Full stops at the end go, and case, and nothing else: "Yes." is yes, but "yes ." leaves "yes " and is wrong."""
+        """Full stops at the end go, and case, and no more: "Yes." is yes, but "yes ." leaves "yes " and is wrong."""
         triples, by_type = [], defaultdict(list)
         for question, text in zip(questions, texts):
             parsed, gold = text.rstrip(".").lower(), question.gold["answer"]
@@ -794,18 +808,18 @@ class GQA(Benchmark):
                              f"structural: {types.get('structural')}", f"semantic: {types.get('semantic')}"]:
                     by_type[kind].append(float(parsed == gold))
         everything = by_type.pop("all", [])
-        numbers = {"accuracy": 100 * mean(everything), "correct": int(sum(everything)), "balanced_rows": len(everything),
-                   "by_type": {kind: accuracy(scores) for kind, scores in sorted(by_type.items())},
-                   "unparsed": sum(parsed == "" for parsed, _, _ in triples)}
-        return numbers, triples
+        return {"accuracy": 100 * mean(everything), "correct": int(sum(everything)), "balanced_rows": len(everything),
+                "by_type": {kind: accuracy(scores) for kind, scores in sorted(by_type.items())},
+                "unparsed": sum(parsed == "" for parsed, _, _ in triples)}, triples
 
 # --- VizWiz -----------------------------------------------------------------------------------------------------------
 
 
 class VizWiz(Benchmark):
     """
-    Photos taken by blind people. The paper's number comes from a server, which alone has the answers of the test images;
-    `test` writes the file to submit. `val` (4,319 questions) is scored here, under a name of its own: another split.
+    Photos taken by blind people. The paper's number comes from a server, which alone has the answers of the test
+    images; `test` writes the file to submit. `val` (4,319 questions) is scored here, under a name of its own: another
+    split.
     """
     folder = "vizwiz"
     suffix = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
@@ -835,14 +849,15 @@ class VizWiz(Benchmark):
         return numbers | {"val_accuracy": 100 * mean(score for _, _, score in triples)}, triples
 
     def submission(self, questions, texts):
-        rows = [{"image": question.about["image"], "answer": normalise(text)} for question, text in zip(questions, texts)]
+        rows = [{"image": question.about["image"], "answer": normalise(text)}
+                for question, text in zip(questions, texts)]
         return {"submission.json": json.dumps(rows, ensure_ascii=False)}
 
 # --- ScienceQA --------------------------------------------------------------------------------------------------------
 
 
 class ScienceQA(Benchmark):
-    """School questions with 2 to 5 choices, 4,241 in the test split. The headline is on the 2,017 that have an image."""
+    """School questions with 2 to 5 choices, 4,241 in the test split; the headline is the 2,017 with an image."""
     folder = "scienceqa"
     max_new_tokens = 1024
     suffix = LETTER
@@ -864,20 +879,20 @@ class ScienceQA(Benchmark):
                 prompt, image = f"<image>\n{asked}", self.root / "images/test" / need(row, "image", str, where)
             choices, right = need(problem, "choices", list, in_problems), need(problem, "answer", int, in_problems)
             if not 0 <= right < len(choices) <= 5:
-                raise EvaluationError(f"{in_problems}: answer {right} of {len(choices)} choices, expected one of at most 5")
+                raise EvaluationError(f"{in_problems}: answer {right} of {len(choices)} choices, expected at most 5")
             about = {"choices": len(choices), "has_image": problem.get("image") is not None}
             questions.append(Question(id, str(id), prompt, asked, image, where, "ABCDE"[right], about))
         lacking = test - {question.key for question in questions}
         if lacking:
-            raise EvaluationError(f"{self.root / 'llava_test_CQM-A.json'}: {len(lacking):,} problems of the test split are "
-                                  f"not there (first: {min(lacking)}); take all three files of the same release")
+            raise EvaluationError(f"{self.root / 'llava_test_CQM-A.json'}: {len(lacking):,} problems of the test split "
+                                  f"are not there (first: {min(lacking)}); take all three files of the same release")
         return questions
 
     @staticmethod
     def parse(text):
         """
-        "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and a text
-        with two verdicts are failures, None.
+        "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and a
+        text with two verdicts are failures, None.
         """
         text = text.strip()
         if re.fullmatch("[A-E]", text):
@@ -906,8 +921,8 @@ class ScienceQA(Benchmark):
 
 class TextVQA(Benchmark):
     """
-    Text in photos: 5,000 validation questions. The prompt may list what an OCR program read in the image. LLaVA lists it,
-    and so does the paper; without it (--ocr=False) scores fall by about ten points.
+    Text in photos: 5,000 validation questions. The prompt may list what an OCR program read in the image. LLaVA lists
+    it, and so does the paper; without it (--ocr=False) scores fall by about ten points.
     """
     folder = "textvqa"
 
@@ -926,11 +941,12 @@ class TextVQA(Benchmark):
 
         questions = self.llava_questions("llava_textvqa_val_v051_ocr.jsonl", "train_images")
         for question in questions:
-            question.key = (str(question.id), self.question_in(question.prompt, question.where))  # the id is the image's
+            asked = self.question_in(question.prompt, question.where)
+            question.key = (str(question.id), asked)  # the id is the image's, so it does not suffice
             question.gold = golds.get(question.key)
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: image {question.key[0]} with the question {question.key[1]!r} "
-                                      f"is not in {self.root / file}; take both files of the same release")
+                raise EvaluationError(f"{question.where}: image {question.id} with the question {asked!r} is not in "
+                                      f"{self.root / file}; take both files of the same release")
             if not self.args.ocr:
                 lines = [line for line in question.prompt.split("\n") if not line.startswith("Reference OCR token:")]
                 question.prompt = question.asked = "\n".join(lines)
@@ -938,7 +954,7 @@ class TextVQA(Benchmark):
 
     @staticmethod
     def question_in(prompt, where):
-        """The question, in lower case, of a prompt with an OCR line (3 lines), without (2), or of the one-line form of old."""
+        """The question, in lower case: prompts have 3 lines with the OCR line, 2 without, 1 in the form of old."""
         lines = prompt.split("\n")
         one_line = re.search(r"Question: (.*?) Short answer:", prompt)
         if prompt.startswith("OCR tokens: ") and one_line:
@@ -947,8 +963,8 @@ class TextVQA(Benchmark):
             return lines[1].lower()
         if len(lines) == 2 or len(lines) == 3 and lines[1].startswith("Reference OCR token:"):
             return lines[0].lower()
-        raise EvaluationError(f"{where}: cannot tell the question in the prompt {prompt[:60]!r}; expected the question, "
-                              'perhaps a line "Reference OCR token: ...", and the suffix')
+        raise EvaluationError(f"{where}: cannot tell the question in the prompt {prompt[:60]!r}; expected the "
+                              'question, perhaps a line "Reference OCR token: ...", and the suffix')
 
     def read_answer(self, row, where, index):
         id, prompt = need(row, "question_id", (str, int), where), need(row, "prompt", str, where)
@@ -981,16 +997,17 @@ class MME(Benchmark):
                 for number, line in enumerate(read_text(path).split("\n"), start=1):
                     asked, _, gold = line.strip().lower().partition("\t")
                     if line.strip() and gold not in ("yes", "no"):
-                        raise EvaluationError(f"{path} line {number}: found {line[:60]!r}, expected a question, a tab, and "
-                                              "Yes or No")
+                        raise EvaluationError(f"{path} line {number}: found {line[:60]!r}, expected a question, "
+                                              "a tab, and Yes or No")
                     golds[folder / path.stem, asked] = gold
         self.files[f"{self.release}/*/*.txt"] = len(golds)
 
         for question in questions:
-            question.key = (str(question.id), question_of(question.prompt))  # both questions have the id of their image
-            if question.about.get("category") not in self.perception + self.cognition:
-                raise EvaluationError(f"{question.where}: found the category {question.about.get('category')!r}, expected "
-                                      f"one of {', '.join(self.perception + self.cognition)}")
+            question.key = (str(question.id), question_of(question.prompt))  # the id is the image's
+            category = question.about.get("category")
+            if category not in self.perception + self.cognition:
+                raise EvaluationError(f"{question.where}: found the category {category!r}, expected one of "
+                                      f"{', '.join(self.perception + self.cognition)}")
             for spaces in (" ", "  "):  # the official question, in place of our suffix; some have two spaces
                 asked = f"{question.key[1]}{spaces}Please answer yes or no.".lower()
                 question.gold = question.gold or golds.get((question.image.with_suffix(""), asked))
@@ -1021,8 +1038,8 @@ class MME(Benchmark):
             by_category[question.about["category"]][question.id].append(triples[-1][2])
         categories = {}
         for name, images in by_category.items():
-            right, rows = sum(sum(scores) for scores in images.values()), sum(len(scores) for scores in images.values())
-            both = sum(all(scores) for scores in images.values())
+            scores = [score for pair in images.values() for score in pair]
+            right, rows, both = sum(scores), len(scores), sum(all(pair) for pair in images.values())
             categories[name] = {"score": percent(right, rows) + percent(both, len(images)),
                                 "correct": int(right), "rows": rows, "both_correct": both, "images": len(images)}
         perception = [category["score"] for name, category in categories.items() if name in self.perception]
@@ -1045,15 +1062,16 @@ class MME(Benchmark):
 
 class MMBench(Benchmark):
     """
-    Multiple choice, each question asked once for every rotation of its options: rows i, i + 1,000,000, i + 2,000,000 ...
-    of the file, all of which have to be right. So one pass over the file is the "circular" evaluation.
+    Multiple choice, each question asked once for every rotation of its options: rows i, i + 1,000,000, i + 2,000,000
+    ... of the file, all of which have to be right. So one pass over the file is the "circular" evaluation.
     """
     folder = "mmbench"
     max_new_tokens = 1024
     suffix = LETTER
-    releases = ["mmbench_dev_en_20231003.tsv", "mmbench_dev_20230712.tsv"]  # the authors', LLaVA's: the first that is there
+    releases = ["mmbench_dev_en_20231003.tsv", "mmbench_dev_20230712.tsv"]  # the authors' file, or else LLaVA's
     # What pandas reads as an empty cell, as the official code does. An option "None" so ends the list of options.
-    empty = set("|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|"))
+    empty = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+             "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
     refusals = ["Sorry, I can't help with images of people yet.", "I can't process this file.",
                 "I'm sorry, but without the image provided", "Cannot determine the answer"]
 
@@ -1075,12 +1093,14 @@ class MMBench(Benchmark):
                     break
                 options[letter] = row[letter]
             if row["answer"] not in options:
-                raise EvaluationError(f"{where}: found the answer {row['answer'][:40]!r}, expected one of {', '.join(options)}")
+                raise EvaluationError(f"{where}: found the answer {row['answer'][:40]!r}, expected one of "
+                                      f"{', '.join(options)}")
             hint = [] if self.is_empty(row.get("hint")) else [row["hint"]]
-            prompt = "\n".join(hint + [row["question"]] + [f"{letter}. {option}" for letter, option in options.items()])
-            image = decode_base64(row.pop("image"), where)
-            questions.append(Question(int(row["index"]), str(int(row["index"])), prompt, f"{prompt}\n{self.suffix}", image,
-                                      where, row["answer"], row | {"options": options}))
+            choices = [f"{letter}. {option}" for letter, option in options.items()]
+            prompt = "\n".join(hint + [row["question"]] + choices)
+            index, image = int(row["index"]), decode_base64(row.pop("image"), where)
+            questions.append(Question(index, str(index), prompt, f"{prompt}\n{self.suffix}", image, where,
+                                      row["answer"], row | {"options": options}))
         self.files[file] = len(questions)
         return questions
 
@@ -1089,9 +1109,9 @@ class MMBench(Benchmark):
 
     def parse(self, text, options):
         """
-        The letter of an option, if exactly one stands alone in the text: "B", "(B)", "B: red". An article passes for the
-        letter A, so "A red one, not B" holds two. Without exactly one, exactly one option's text in the answer decides.
-        Else None; Z is a refusal.
+        The letter of an option, if exactly one stands alone in the text: "B", "(B)", "B: red". An article passes for
+        the letter A, so "A red one, not B" holds two. Without exactly one, exactly one option's text in the answer
+        decides. Else None; Z is a refusal.
         """
         if any(refusal in text for refusal in self.refusals):
             return "Z"
@@ -1119,7 +1139,8 @@ class MMBench(Benchmark):
         vanilla = [score for question, (_, _, score) in zip(questions, triples) if question.id < 1_000_000]
         self.protocol = {"accuracy": "circular, every rotation right", "vanilla_accuracy": "the first rotation alone"}
         return {"accuracy": 100 * mean(circular), "correct": int(sum(circular)), "questions": len(circular),
-                "vanilla_accuracy": 100 * mean(vanilla), "vanilla_correct": int(sum(vanilla)), "vanilla_rows": len(vanilla),
+                "vanilla_accuracy": 100 * mean(vanilla), "vanilla_correct": int(sum(vanilla)),
+                "vanilla_rows": len(vanilla),
                 **{f"by_{column}": {name: accuracy(scores) for name, scores in by_name.items() if name}
                    for column, by_name in parts.items()},
                 "unparsed": sum(parsed in (None, "Z") for parsed, _, _ in triples)}, triples
@@ -1164,13 +1185,14 @@ class POPE(Benchmark):
                     if label not in ("yes", "no"):
                         raise EvaluationError(f'{where}: found the label {label[:40]!r}, expected "yes" or "no"')
                     labels[category, need(row, "image", str, where), need(row, "text", str, where)] = label
-            # The random split was released twice, with other questions. The official scorer pairs answers and labels by
-            # position, and the wrong release costs 40 points of F1 without a word. So we join on what was asked.
-            question.gold = labels.get((category, question.about["image"], question_of(question.prompt)))
+            # The random split was released twice, with other questions. The official scorer pairs answers and labels
+            # by position, and the wrong release costs 40 points of F1 without a word. So we join on what was asked.
+            asked, image = question_of(question.prompt), question.about["image"]
+            question.gold = labels.get((category, image, asked))
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: {question_of(question.prompt)!r} about {question.about['image']} "
-                                      f"has no label in {self.root / file}, which is of another release; LLaVA's question "
-                                      "file needs the random split of 2,910 rows, not the one of 3,000")
+                raise EvaluationError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, "
+                                      "which is of another release; LLaVA's question file needs the random split of "
+                                      "2,910 rows, not the one of 3,000")
         return questions
 
     @staticmethod
@@ -1206,16 +1228,17 @@ class POPE(Benchmark):
                  for rate in ("f1", "accuracy", "precision", "recall", "yes_ratio", "gold_yes_ratio")}
         self.protocol = {"headline": f"mean over {', '.join(splits)}", "labels": "joined on image and question"}
         neither = sum(not re.search(r"\b(yes|no|not)\b", text.lower()) for text in texts)  # yes, by the rule
-        return {**means, "splits": splits, "pooled": self.rates([pair for pairs in by_split.values() for pair in pairs]),
-                "unparsed": neither}, triples
+        pooled = self.rates([pair for pairs in by_split.values() for pair in pairs])
+        return {**means, "splits": splits, "pooled": pooled, "unparsed": neither}, triples
 
 # --- Object HalBench --------------------------------------------------------------------------------------------------
 
 
 class ObjHal(Benchmark):
     """
-    CHAIR on 300 COCO images: which objects does a description name that are not there? Lower is better, and saying little
-    is a way to get there, so recall and length stand beside it. True is what an annotator outlined or a caption names.
+    CHAIR on 300 COCO images: which objects does a description name that are not there? Lower is better, and saying
+    little is a way to get there, so recall and length stand beside it. True is what an annotator outlined or a
+    caption names.
     """
     folder = "objhal"
     max_new_tokens = 1024
@@ -1224,7 +1247,8 @@ class ObjHal(Benchmark):
     def load(self):
         path = self.root / "synonyms.txt"
         self.coco = CocoWords(read_text(path) if path.exists() else SYNONYMS)
-        self.protocol["vocabulary"] = f"{'synonyms.txt' if path.exists() else 'built in'}, {len(self.coco.category)} words"
+        source = "synonyms.txt" if path.exists() else "built in"
+        self.protocol["vocabulary"] = f"{source}, {len(self.coco.category)} words"
         questions = []
         for where, row in self.rows("obj_halbench_300_with_image.jsonl"):
             id, prompt = need(row, "image_id", int, where), need(row, "question", str, where)
@@ -1235,7 +1259,8 @@ class ObjHal(Benchmark):
         for split in ("train2014", "val2014"):
             file = f"annotations/instances_{split}.json"
             content, where = self.json(file, dict), self.root / file
-            names = {need(row, "id", int, where): need(row, "name", str, where) for row in need(content, "categories", list, where)}
+            names = {need(row, "id", int, where): need(row, "name", str, where)
+                     for row in need(content, "categories", list, where)}
             annotated |= {str(need(row, "id", int, where)) for row in need(content, "images", list, where)}
             for row in need(content, "annotations", list, where):
                 gold = golds.get(str(need(row, "image_id", int, where)))
@@ -1253,7 +1278,7 @@ class ObjHal(Benchmark):
         for question in questions:
             if question.key not in annotated:
                 raise EvaluationError(f"{question.where}: image_id {question.key} is among the images of neither "
-                                      f"instances_train2014.json nor instances_val2014.json in {self.root / 'annotations'}")
+                                      f"instances_train2014.json nor instances_val2014.json of {self.root}/annotations")
         return questions
 
     def extra_columns(self, question):
@@ -1266,15 +1291,16 @@ class ObjHal(Benchmark):
     def score(self, questions, texts):
         chat, kind = None, ""  # two ways to find the objects, two names for the result
         if self.args.objhal_extract:
-            chat, kind = ChatModel(self.args, self.args.out_dir / self.name / "extracted.jsonl", temperature=0.2), "_extracted"
+            chat = ChatModel(self.args, self.args.out_dir / self.name / "extracted.jsonl", temperature=0.2)
+            kind = "_extracted"
         triples, total, lengths = [], Counter(), []
         for question, text in zip(questions, texts):
             text = text.replace("Assistant:", "")
             mentions = self.coco.in_list(self.extract(chat, question, text)) if chat else self.coco.in_text(text)
             wrong = [mention for mention in mentions if mention not in question.gold]
-            total.update(mentions=len(mentions), hallucinated_mentions=len(wrong), responses_with_mention=len(mentions) > 0,
-                         hallucinated_responses=len(wrong) > 0, gold_objects=len(question.gold),
-                         found_objects=len(question.gold & set(mentions)))
+            total.update(mentions=len(mentions), hallucinated_mentions=len(wrong),
+                         responses_with_mention=len(mentions) > 0, hallucinated_responses=len(wrong) > 0,
+                         gold_objects=len(question.gold), found_objects=len(question.gold & set(mentions)))
             lengths.append(len(text.split()))
             triples.append((mentions, sorted(question.gold), float(not wrong)))
         self.protocol["objects"] = f"listed by {self.args.judge_model}" if chat else "words of the response"
@@ -1294,15 +1320,16 @@ class ObjHal(Benchmark):
         except ValueError:
             objects = None
         if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
-            raise EvaluationError(f"{chat.path}: the reply for image_id {question.key} should be a JSON list of strings, "
-                                  f"found {reply[:60]!r}; remove its line and run again, or take another --judge_model")
+            raise EvaluationError(f"{chat.path}: the reply for image_id {question.key} should be a JSON list of "
+                                  f"strings, found {reply[:60]!r}; remove its line and run again, or take another "
+                                  "--judge_model")
         return objects
 
 
 EXTRACT_PROMPT = """\
-List the objects that the answer below says are in the image. Take only what it names itself, as nouns in the singular,
-without colours or other attributes; leave out what it says is absent and what it only guesses. Reply with a JSON list of
-strings and nothing else, such as ["dog", "traffic light"].
+List the objects that the answer below says are in the image. Take only what it names itself, as nouns in the
+singular, without colours or other attributes; leave out what it says is absent and what it only guesses. Reply with a
+JSON list of strings and nothing else, such as ["dog", "traffic light"].
 
 Question: {}
 Answer: {}"""
@@ -1312,9 +1339,9 @@ Answer: {}"""
 
 class MMHal(Benchmark):
     """
-    96 open questions; a chat model that cannot see, but reads what is in the image, rates each answer from 0 to 6. Ratings
-    by two judges do not compare, nor do long and short answers: the authors' script asks for short ones, the original
-    benchmark does not (--mmhal_short=False).
+    96 open questions; a chat model that cannot see, but reads what is in the image, rates each answer from 0 to 6.
+    Ratings by two judges do not compare, nor do long and short answers: the authors' script asks for short ones, the
+    original benchmark does not (--mmhal_short=False).
     """
     folder = "mmhal"
     max_new_tokens = 1024
@@ -1340,21 +1367,23 @@ class MMHal(Benchmark):
 
     @staticmethod
     def parse(reply):
-        """The one n, 0 to 6, of which the reply holds "rating: n"; else None. "Rating:4" has none, "Rating: 10" is 1."""
+        """The one n of "rating: n" in the reply, 0 to 6; else None. "Rating:4" has none, and "Rating: 10" is 1."""
         ratings = [n for n in range(7) if f"rating: {n}" in reply.lower()]
         return ratings[0] if len(ratings) == 1 else None
 
     def score(self, questions, texts):
-        path = self.root / "judge_prompt.txt"  # takes the place of ours; four {}: contents, question, human answer, answer
+        path = self.root / "judge_prompt.txt"  # takes the place of ours, with its four {} in our order
         template = read_text(path) if path.exists() else JUDGE_PROMPT
-        prompts = [template.format(", ".join(map(str, question.gold["contents"])), question.prompt, question.gold["answer"], text)
-                   for question, text in zip(questions, texts)]
+        prompts = []
+        for question, text in zip(questions, texts):
+            contents = ", ".join(map(str, question.gold["contents"]))
+            prompts.append(template.format(contents, question.prompt, question.gold["answer"], text))
         judge = ChatModel(self.args, self.args.out_dir / self.name / "judge.jsonl", temperature=0)
         waiting = [prompt for prompt in prompts if prompt not in judge.replies]
         if waiting and not judge.url:
             judge.write_down(waiting)
-            note = (f"{len(waiting)} answers wait to be judged: give --judge_url and --judge_model, or write each \"reply\" and "
-                    f"the judge's name as \"model\" into {judge.path}; then run again")
+            note = (f"{len(waiting)} answers wait to be judged: give --judge_url and --judge_model, or write each "
+                    f'"reply" and the judge\'s name as "model" into {judge.path}; then run again')
             return {"note": note, "unparsed": 0}, [(None, question.gold["answer"], None) for question in questions]
 
         triples, by_type = [], defaultdict(list)
@@ -1365,7 +1394,8 @@ class MMHal(Benchmark):
         ratings = [rating for _, _, rating in triples]
         self.protocol = {"judge": ", ".join(sorted({judge.replies[prompt][0] or "unnamed" for prompt in prompts})),
                          "judge_prompt": path.name if path.exists() else "built in"}
-        return {"score": mean(ratings), "hallucination_rate": percent(sum(rating < 3 for rating in ratings), len(ratings)),
+        hallucinated = sum(rating < 3 for rating in ratings)
+        return {"score": mean(ratings), "hallucination_rate": percent(hallucinated, len(ratings)),
                 "informativeness": 100 * mean(rating - 3 if rating >= 3 else rating for rating in ratings) / 3,
                 "by_type": {kind: mean(ratings) for kind, ratings in by_type.items()},
                 "unparsed": sum(parsed is None for parsed, _, _ in triples)}, triples
@@ -1374,8 +1404,8 @@ class MMHal(Benchmark):
 JUDGE_PROMPT = """\
 You judge whether the answer of a vision-language model to a question about an image is hallucinated: whether it says
 something that the image does not support. You cannot see the image. You get a list of what is in it, the question, the
-answer of a person, and the answer to judge. What agrees with the list or with the person's answer, or follows from them, is
-supported, and so is general knowledge. An answer may be right without naming everything.
+answer of a person, and the answer to judge. What agrees with the list or with the person's answer, or follows from
+them, is supported, and so is general knowledge. An answer may be right without naming everything.
 
 First explain your view in a few sentences. Then end with a line "Rating: n", where n is
 6: very informative with good analysis or reasoning, no hallucination
@@ -1422,7 +1452,7 @@ Example 5
 Image contents: Surfboard, Man, Sea, Clouds
 Question: Why might the man be carrying the board?
 Person's answer: He is going to surf, as he walks towards the sea.
-Answer to judge: He is probably about to surf: he carries a surfboard near the sea, and the clouds suggest wind, which brings waves.
+Answer to judge: He is about to surf: he carries a board near the sea, and the clouds suggest wind, which brings waves.
 Explanation: This agrees with the person, uses what is in the image, and reasons well from the clouds.
 Rating: 6
 
@@ -1438,15 +1468,19 @@ Answer to judge: {}
 
 class AMBER(Benchmark):
     """
-    1,004 descriptions and 14,216 yes/no questions. The official scorer finds nouns with a tagger, and takes words for the
-    same if their vectors are similar. Here every word of AMBER's association lists is a noun, and words are the same if
-    equal or associated there. So CHAIR is a little higher than the official one and Cover lower; yes/no is the same.
+    1,004 descriptions and 14,216 yes/no questions. The official scorer finds nouns with a tagger, and takes words for
+    the same if their vectors are similar. Here every word of AMBER's association lists is a noun, and words are the
+    same if equal or associated there. So CHAIR is a little higher than the official one and Cover lower; yes/no is
+    the same.
     """
     folder = "AMBER"
     max_new_tokens = 1024
-    attributes = ["discriminative-attribute-state", "discriminative-attribute-number", "discriminative-attribute-action"]
-    kinds = {"existence": ["discriminative-hallucination"], "attribute": attributes, "state": attributes[:1],
-             "number": attributes[1:2], "action": attributes[2:], "relation": ["discriminative-relation", "relation"]}
+    kinds = {
+        "existence": ["discriminative-hallucination"],
+        "attribute": [f"discriminative-attribute-{each}" for each in ("state", "number", "action")],
+        "state": ["discriminative-attribute-state"], "number": ["discriminative-attribute-number"],
+        "action": ["discriminative-attribute-action"], "relation": ["discriminative-relation", "relation"],
+    }
 
     def load(self):
         self.associated = self.json("data/relation.json", dict)
@@ -1458,14 +1492,14 @@ class AMBER(Benchmark):
         for where, row in self.rows("data/query/query_all.json"):
             id, query = need(row, "id", int, where), need(row, "query", str, where)
             if not 1 <= id <= len(golds):
-                raise EvaluationError(f"{where}: id {id} has no entry in data/annotations.json, which has {len(golds):,}")
+                raise EvaluationError(f"{where}: id {id} has no entry in data/annotations.json, of {len(golds):,}")
             gold_where, gold = golds[id - 1]  # by position
             if need(gold, "type", str, gold_where) == "generative":
                 for word in need(gold, "truth", list, gold_where) + need(gold, "hallu", list, gold_where):
                     if word not in self.associated:
                         raise EvaluationError(f"{gold_where}: {word!r} has no entry in data/relation.json")
-            elif gold.get("truth") not in ("yes", "no"):
-                raise EvaluationError(f'{gold_where}: "truth" should be yes or no, found {str(gold.get("truth"))[:40]!r}')
+            elif need(gold, "truth", str, gold_where) not in ("yes", "no"):
+                raise EvaluationError(f'{gold_where}: "truth" should be yes or no, found {gold["truth"][:40]!r}')
             asked = query if gold["type"] == "generative" else f"{query}\n{SHORT}"
             image = self.root / "image" / need(row, "image", str, where)
             questions.append(Question(id, str(id), query, asked, image, where, gold))
@@ -1477,7 +1511,7 @@ class AMBER(Benchmark):
         return super().read_answer(row, where, index)
 
     def tidy(self, question, text):
-        """The scorer takes exactly "Yes" or "No"; the answer file gets the one or the other where the model says so."""
+        """The scorer takes exactly "Yes" or "No", so the answer file gets the one or the other."""
         if question.gold["type"] == "generative":
             return text
         return "Yes" if "yes" in text.lower() else "No" if "no" in text.lower() else text
@@ -1496,10 +1530,12 @@ class AMBER(Benchmark):
                     by_kind[kind].append(triples[-1])
             by_kind["all"].append(triples[-1])
 
-        numbers = {"chair": self.rate(total["hallucinated"], total["nouns"]), "cover": self.rate(total["covered"], total["truth"]),
+        numbers = {"chair": self.rate(total["hallucinated"], total["nouns"]),
+                   "cover": self.rate(total["covered"], total["truth"]),
                    "hal": round(100 - self.rate(total["clean"], total["descriptions"], digits=9), 1),
                    "cog": self.rate(total["remembered"], total["hallu"]), "counts": dict(total)}
-        parts = {kind: self.score_choices(rows, nudge=0.001 if kind == "existence" else 0.0001) for kind, rows in by_kind.items()}
+        parts = {kind: self.score_choices(rows, nudge=0.001 if kind == "existence" else 0.0001)
+                 for kind, rows in by_kind.items()}
         numbers |= parts.pop("all")
         numbers |= {"by_type": parts, "amber_score": (100 - numbers["chair"] + numbers["f1"]) / 2,
                     "unparsed": sum(parsed == "other" for parsed, _, _ in triples)}
@@ -1512,16 +1548,18 @@ class AMBER(Benchmark):
         return round(100 * (part + 0.001) / (whole + 0.001), digits)
 
     def score_choices(self, rows, nudge):
-        """Accuracy, precision, recall and F1, where positive means *no*; F1 is of the rounded two, its divisor nudged."""
+        """Accuracy, precision, recall, F1; positive means *no*. F1 is of the rounded two, its divisor nudged."""
         right = sum(parsed == gold == "no" for parsed, gold, _ in rows)
         precision = self.rate(right, sum(parsed == "no" for parsed, _, _ in rows))
         recall = self.rate(right, sum(gold == "no" for _, gold, _ in rows))
-        return {"accuracy": self.rate(sum(score for _, _, score in rows), len(rows)), "precision": precision, "recall": recall,
-                "f1": round(2 * precision * recall / (precision + recall + 100 * nudge), 1), "rows": len(rows)}
+        f1 = round(2 * precision * recall / (precision + recall + 100 * nudge), 1)
+        return {"accuracy": self.rate(sum(score for _, _, score in rows), len(rows)), "precision": precision,
+                "recall": recall, "f1": f1, "rows": len(rows)}
 
     def score_description(self, gold, text, total):
-        """Each noun is safe, stands for a true object (and covers it), or is hallucinated, perhaps as one that was expected."""
-        nouns = [noun for noun in (lemma(token, self.vocabulary) for token in word_tokens(text)) if noun in self.vocabulary]
+        """A noun is safe, or stands for a true object and covers it, or is hallucinated, perhaps as was expected."""
+        lemmas = [lemma(token, self.vocabulary) for token in word_tokens(text)]
+        nouns = [noun for noun in lemmas if noun in self.vocabulary]
         covered, remembered, hallucinated = set(), set(), []
         for noun in nouns:
             if noun in self.safe:
@@ -1538,8 +1576,9 @@ class AMBER(Benchmark):
 
     def find(self, noun, objects):
         """
-        The position of the object that a noun stands for, or None. All associations come before the objects themselves: of
-        [boat, ship] with ship associated to boat, "ship" covers the boat, and the ship can never be covered.
+        The position of the object that a noun stands for, or None. All associations come before the objects
+        themselves: of [boat, ship] with ship associated to boat, "ship" covers the boat, and the ship can never be
+        covered.
         """
         for i, word in enumerate(objects):
             if noun in self.associated[word]:
@@ -1570,9 +1609,9 @@ PAPER = {
     "1B, Qwen-2-0.5B": "56.6 35.1 61.1 57.1 67.0 58.7 54.1 55.7",
 }
 NOTES = """\
-MME is perception as a percentage of its maximum. ObjHal and MMHal hall: lower is better. The paper's VizWiz comes from the
-official server (test-dev), ours is the local val score; the paper's ObjHal lets a chat model list the objects, ours does
-with --objhal_extract=True. How each of our numbers was made stands in results.json.
+MME is perception as a percentage of its maximum. ObjHal and MMHal hall: lower is better. The paper's VizWiz comes from
+the official server (test-dev), ours is the local val score; the paper's ObjHal lets a chat model list the objects, ours
+does with --objhal_extract=True. How each of our numbers was made stands in results.json.
 """
 
 
@@ -1633,13 +1672,15 @@ def report(benchmark, texts, answered_with, args):
     write_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_text(args.out_dir / "results.md", markdown(row))
     if refusal:
-        raise EvaluationError(f"{args.answers or folder / 'answers.jsonl'}: {refusal}; {benchmark.name} has no number without them")
-    shown = entry.get("note") or ", ".join(f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, float))
-    print(f"{benchmark.name}: {shown} ({entry['rows']:,} rows, {entry['unparsed']:,} unparsed)", flush=True)
+        raise EvaluationError(f"{args.answers or folder / 'answers.jsonl'}: {refusal}; no {benchmark.name} number "
+                              "without them")
+    rates = [f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, float)]
+    counts = f"{entry['rows']:,} rows, {entry['unparsed']:,} unparsed"
+    print(f"{benchmark.name}: {entry.get('note') or ', '.join(rates)} ({counts})", flush=True)
 
 
 def evaluate(args):
-    benchmarks = [BENCHMARKS[name](name, args) for name in args.benchmark]  # reads and checks every file before any work
+    benchmarks = [BENCHMARKS[name](name, args) for name in args.benchmark]  # checks every file before any work
     if args.answers:
         settings = args.answers.parent / "settings.json"  # ours have one
         answered_with = read_json(settings) if settings.exists() else f"{args.answers}, made elsewhere"
@@ -1660,7 +1701,8 @@ def evaluate(args):
         answer(benchmark, llava, args, rank, world)
         if rank == 0:
             folder = args.out_dir / benchmark.name
-            report(benchmark, read_answers(folder / "answers.jsonl", benchmark), read_json(folder / "settings.json"), args)
+            texts = read_answers(folder / "answers.jsonl", benchmark)
+            report(benchmark, texts, read_json(folder / "settings.json"), args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,7 +75,7 @@ DEFAULTS = dict(
     train_dense_ffn=False,      # d2s and pd: also train the FFNs of the layers left dense, as the released code does
     # losses
     kd_weight=1.0,
-    ce_weight=1.0,              # d2s; d2d is the KL alone
+    ce_weight=1.0,              # in d2s; d2d is the KL alone. With kd_weight=0.0, d2s needs no teacher
     kd_tokens="response",       # response | all: distil the prompt's text too (Table 7)
     preference_loss="sigmoid",  # sigmoid (the paper's DPO) | kto_pair | ipo | hinge
     beta=0.1,
@@ -106,7 +106,7 @@ MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "save_ever
 
 def predicted(batch: dict, image_token_id: int, lengths: torch.Tensor, config: Config) -> torch.Tensor:
     """(B, T-1) bool: true at t where the token at t+1 is one to learn from. The one place where labels are shifted."""
-    if config.kd_tokens == "response" or config.stage not in ("d2d", "d2s"):
+    if config.kd_tokens == "response" or not config.teacher or config.stage == "pd":
         return batch["mask"][:, 1:]
     real = torch.arange(batch["input_ids"].shape[1], device=lengths.device) < lengths[:, None]
     return (real & (batch["input_ids"] != image_token_id))[:, 1:]    # every text token, of prompt and response
@@ -156,9 +156,9 @@ class Objective(nn.Module):
         logits = student.decoder.head(hidden[:, :-1][where])         # (N, V): only where a token is learned from
         targets = input_ids[:, 1:][where]                            # (N,)
 
-        if config.stage in ("align", "sft"):
+        if config.stage != "pd" and reference is None:               # align, sft, and d2s without a teacher's help
             ce = cross_entropy(logits, targets)                                                      # eq. 5
-            loss = ce.sum() / total["response"]
+            loss = (config.ce_weight if config.stage == "d2s" else 1.0) * ce.sum() / total["response"]
             sums = {"ce": ce.sum()}
         elif config.stage in ("d2d", "d2s"):
             kl, ce = distillation(logits, reference, targets, batch["mask"][:, 1:][where])
@@ -204,7 +204,8 @@ def check_settings(config: Config) -> None:
             raise ConfigError(f"{key} is empty: say --{key}=… or set it in the config file")
     if bool(config.student) == bool(config.vision or config.llm) or bool(config.vision) != bool(config.llm):
         raise ConfigError("give either student=…, a checkpoint to start from, or both vision=… and llm=… for a new model")
-    if config.stage in WITH_TEACHER and not config.teacher:
+    alone = config.stage == "d2s" and config.kd_weight == 0          # Table 6's baseline, made sparse without distillation
+    if config.stage in WITH_TEACHER and not config.teacher and not alone:
         raise ConfigError(f"stage {config.stage} learns from a teacher: say --teacher=…, a LLaVA folder")
     if config.stage not in WITH_TEACHER and config.teacher:
         raise ConfigError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of {', '.join(WITH_TEACHER)}")

@@ -1,8 +1,10 @@
 """
-Answering: evaluate.py --model on a tiny random checkpoint and a POPE folder of one-colour images, through the command line.
+Answering: evaluate.py --model on a tiny random checkpoint and a POPE folder of one-colour images, through the command
+line.
 
-What the answers are does not matter here (the weights are random); that they are the same whatever the batch size, the number of
-processes and the interruptions is what is tested, and that they are the answers of generating one question at a time.
+What the answers are does not matter here (the weights are random); that they are the same whatever the batch size,
+the number of processes and the interruptions is what is tested, and that they are the answers of generating one
+question at a time.
 """
 import json
 import os
@@ -21,7 +23,7 @@ from data import load_image, render, transform_image
 from model import Llava
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "yes no not a is there in the image ? kite dog red blue question short answer word . , user assistant : describe tall".split()
+WORDS = "yes no not a is there in the image ? kite dog tall red blue answer question word . , user assistant :".split()
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,13 @@ def checkpoint(tmp_path_factory):
     """A random LLaVA folder: 28-pixel images, 4 image tokens, two layers of width 16."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(3)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=28, patch_size=14)
     CLIPVisionModel(vision).save_pretrained(folder / "vision")
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"] + WORDS
     # initializer_range 1: with the usual 0.02 every question would get the same answer
-    text = Qwen2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    text = Qwen2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2,
                        num_key_value_heads=1, eos_token_id=0, bos_token_id=0, initializer_range=1.0)
     Qwen2ForCausalLM(text).save_pretrained(folder / "llm")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -59,7 +63,8 @@ def pope(tmp_path_factory):
     for i in range(10):
         Image.new("RGB", (20 + 3 * i, 30), (25 * i, 255 - 25 * i, 99)).save(root / f"pope/val2014/{i}.png")
         for split, first in (("random", 0), ("popular", 1000)):
-            for j, text in enumerate(["Is there a kite in the image?", "Is there a tall dog, not red, not blue, in the image?"]):
+            for j, text in enumerate(["Is there a kite in the image?",
+                                      "Is there a tall dog, not red, not blue, in the image?"]):
                 row = {"question_id": first + 2 * i + j, "image": f"{i}.png", "text": text}
                 labels[split].append({**row, "label": ["yes", "no"][j]})
                 questions.append({**row, "text": f"{text}\n{evaluate.SHORT}", "category": split})
@@ -70,7 +75,8 @@ def pope(tmp_path_factory):
 
 
 def run(checkpoint, data, out, *flags):
-    return evaluate.main([f"--model={checkpoint}", "--benchmark=pope", f"--data={data}", f"--out_dir={out}", "--device=cpu",
+    return evaluate.main([f"--model={checkpoint}", "--benchmark=pope", f"--data={data}", f"--out_dir={out}",
+                          "--device=cpu",
                           "--max_new_tokens=6", *flags])
 
 
@@ -102,9 +108,12 @@ def test_answers_do_not_depend_on_the_batch_size(checkpoint, pope, expected, tmp
 
 
 def test_answers_do_not_depend_on_the_number_of_processes(checkpoint, pope, expected, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "evaluate.py", f"--model={checkpoint}",
-               "--benchmark=pope", f"--data={pope}", f"--out_dir={tmp_path}", "--device=cpu", "--max_new_tokens=6", "--batch_size=4"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "evaluate.py",
+               f"--model={checkpoint}",
+               "--benchmark=pope", f"--data={pope}", f"--out_dir={tmp_path}", "--device=cpu", "--max_new_tokens=6",
+               "--batch_size=4"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path) == expected
     assert done.stdout.count("40 questions, 20 distinct") == 1  # one rank speaks

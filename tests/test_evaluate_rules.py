@@ -3,12 +3,12 @@ How free text becomes a score: every rule of the official scorers on worked case
 
 The expected values are those of the official scorers, worked out by hand from their rules.
 """
-import itertools
+from collections import Counter
 
 import pytest
 
-from evaluate import (AMBER, BENCHMARKS, CONTRACTIONS, CocoWords, MME, MMBench, MMHal, POPE, SYNONYMS, ScienceQA, TextVQA, EvaluationError,
-                      lemma, normalise, our_row, question_of, soft_accuracy, markdown)
+from evaluate import (AMBER, CONTRACTIONS, CocoWords, EvaluationError, MMBench, MME, MMHal, POPE, SYNONYMS, ScienceQA,
+                      TextVQA, lemma, markdown, normalise, our_row, question_of, soft_accuracy)
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -42,8 +42,10 @@ def test_normaliser_deletes_at_most_32_full_stops():
 
 def test_contractions_are_the_official_120():
     assert len(CONTRACTIONS) == 120
-    for key, value in [("arent", "aren't"), ("mustve", "must've"), ("yall", "y'all"), ("y'alldve", None), ("yall'd've", "y'all'd've"),
-                       ("'ow'sat", "'ow's'at"), ("ow's'at", "'ow's'at"), ("let's", "let's"), ("wed've", "we'd've"), ("itd've", "it'd've")]:
+    for key, value in [("arent", "aren't"), ("mustve", "must've"), ("yall", "y'all"), ("y'alldve", None),
+                       ("yall'd've", "y'all'd've"),
+                       ("'ow'sat", "'ow's'at"), ("ow's'at", "'ow's'at"), ("let's", "let's"), ("wed've", "we'd've"),
+                       ("itd've", "it'd've")]:
         assert CONTRACTIONS.get(key) == value
     assert not {"its", "shes", "were", "well", "ill", "id", "shed", "wed", "hell"} & set(CONTRACTIONS)
 
@@ -61,25 +63,32 @@ def test_soft_accuracy_leaves_out_by_position():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("A", "A"), (" B \n", "B"), ("A. rock", "A"), ("C. ", None), ("A. ", None), ("A.", None), ("(A)", None), ("A)", None), ("a", None),
-    ("F", None), ("The answer is B.", "B"), ("I think. The answer is C!", "C"), ("The answer is Bananas", "B"), ("The answer is B", None),
-    ("The answer is A. The answer is B.", None), ("the answer is B.", None), ("The answer is Q.", "Q"), ("", None), ("E", "E"),
+    ("A", "A"), (" B \n", "B"), ("A. rock", "A"), ("C. ", None), ("A. ", None), ("A.", None), ("(A)", None),
+    ("A)", None), ("a", None),
+    ("F", None), ("The answer is B.", "B"), ("I think. The answer is C!", "C"), ("The answer is Bananas", "B"),
+    ("The answer is B", None),
+    ("The answer is A. The answer is B.", None), ("the answer is B.", None), ("The answer is Q.", "Q"), ("", None),
+    ("E", "E"),
 ])
 def test_scienceqa_letters(text, expected):
     assert ScienceQA.parse(text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("yes", "yes"), ("Yes, it is", "yes"), ("NO", "no"), ("Nope", "no"), ("None", "no"), ("Not sure", "no"), ("Snow", "no"), ("I know", "other"),
-    ("Y", "other"), ("Yeah", "other"), ("The answer is yes", "other"), ("", "other"), (" yes", "yes"), ("  yes", "other"), ("a no", "no"),
+    ("yes", "yes"), ("Yes, it is", "yes"), ("NO", "no"), ("Nope", "no"), ("None", "no"), ("Not sure", "no"),
+    ("Snow", "no"), ("I know", "other"),
+    ("Y", "other"), ("Yeah", "other"), ("The answer is yes", "other"), ("", "other"), (" yes", "yes"),
+    ("  yes", "other"), ("a no", "no"),
 ])
 def test_mme_reads_four_characters(text, expected):
     assert MME.parse(text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("No", "no"), ("no", "no"), ("No, there is not.", "no"), ("There is not", "no"), ("No.", "no"), ("Yes", "yes"), ("NO", "yes"),
-    ("Not really", "yes"), ("No!", "yes"), ("isn't", "yes"), ("None", "yes"), ("", "yes"), ("Yes. No", "yes"), ("a\nno", "yes"), ("n,o", "no"),
+    ("No", "no"), ("no", "no"), ("No, there is not.", "no"), ("There is not", "no"), ("No.", "no"), ("Yes", "yes"),
+    ("NO", "yes"),
+    ("Not really", "yes"), ("No!", "yes"), ("isn't", "yes"), ("None", "yes"), ("", "yes"), ("Yes. No", "yes"),
+    ("a\nno", "yes"), ("n,o", "no"),
     ("There is no kite", "no"),
 ])
 def test_pope_yes_and_no(text, expected):
@@ -89,8 +98,8 @@ def test_pope_yes_and_no(text, expected):
 def test_pope_rates_by_hand():
     pairs = [("yes", "yes")] * 3 + [("yes", "no")] + [("no", "yes")] * 2 + [("no", "no")] * 4
     rates = POPE.rates(pairs)
-    assert [rates[key] for key in ("precision", "recall", "f1", "accuracy", "yes_ratio", "gold_yes_ratio")] == pytest.approx(
-        [75, 60, 200 / 3, 70, 40, 50])
+    expected = {"precision": 75, "recall": 60, "f1": 200 / 3, "accuracy": 70, "yes_ratio": 40, "gold_yes_ratio": 50}
+    assert {rate: rates[rate] for rate in expected} == pytest.approx(expected)
     nothing = POPE.rates([("no", "yes"), ("no", "no")])  # the official code divides by zero here
     assert nothing["f1"] == nothing["precision"] == nothing["recall"] == 0
 
@@ -99,12 +108,13 @@ FOUR = {"A": "red", "B": "blue", "C": "green", "D": "dark green"}
 
 
 @pytest.mark.parametrize("text, options, expected", [
-    ("B", FOUR, "B"), ("(B)", FOUR, "B"), ("B: blue", FOUR, "B"), ("The answer is {C}!", FOUR, "C"), ("b", FOUR, None),
+    ("B", FOUR, "B"), ("(B)", FOUR, "B"), ("B: blue", FOUR, "B"), ("The answer is {C}!", FOUR, "C"),
+    ("b", FOUR, None),
     ("A blue one", FOUR, "A"),                          # an article passes for the letter
     ("A red one, not B", FOUR, "A"),                    # two letters, so the texts decide
     ("A or B", FOUR, None), ("blue", FOUR, "B"), ("It is Blue", FOUR, "B"),
     ("dark green", FOUR, None),                         # contains "green" too
-    ("Cannot determine the answer, B", FOUR, "Z"), ("Z", FOUR, "Z"), ("Z B", FOUR, "B"),
+    ("Cannot determine the answer, B", FOUR, "Z"), ("Z", FOUR, "Z"), ("Z B", FOUR, "B"), ("Z A B", FOUR, None),
     ("D", {"A": "x1", "B": "x2"}, None),                # no such option
     ("`B`", FOUR, None), ("B?", FOUR, None), ("B。", FOUR, None), ('"B"', FOUR, None), ("", FOUR, None),
     ("E", FOUR, None), ("B B", FOUR, "B"),
@@ -113,14 +123,16 @@ def test_mmbench_letters(text, options, expected):
     assert MMBench.parse(MMBench, text, options) == expected
 
 
-@pytest.mark.parametrize("cell, expected", [("", True), ("None", True), ("NONE", True), ("nan", True), ("NA", True), ("N/A", True), ("null", True),
-                                            (None, True), ("Na", False), ("0", False), ("None of them", False), ("NULL", True), ("Null", False)])
+@pytest.mark.parametrize("cell, expected", [
+    ("", True), (None, True), ("None", True), ("NONE", True), ("nan", True), ("NA", True), ("N/A", True), ("null", True),
+    ("NULL", True), ("Null", False), ("Na", False), ("0", False), ("None of them", False)])
 def test_mmbench_empty_cells(cell, expected):
     assert MMBench.is_empty(MMBench, cell) == expected
 
 
 @pytest.mark.parametrize("prompt", [
-    "What is the Bus number?\nReference OCR token: 42, CITY\nShort.", "Reference OCR token: 42\nWhat is the Bus number?\nShort.",
+    "What is the Bus number?\nReference OCR token: 42, CITY\nShort.",
+    "Reference OCR token: 42\nWhat is the Bus number?\nShort.",
     "What is the Bus number?\nReference OCR token: \nShort.", "What is the Bus number?\nShort.",
     "OCR tokens: 42, A. Question: What is the Bus number? Short answer:"])
 def test_textvqa_finds_the_question_in_the_prompt(prompt):
@@ -134,7 +146,8 @@ def test_textvqa_prompt_of_another_form(prompt):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    ("Fine.\nRating: 6", 6), ("rating: 0", 0), ("Rating: 3 ... so Rating: 3", 3), ("Rating:4", None), ("**Rating**: 4", None),
+    ("Fine.\nRating: 6", 6), ("rating: 0", 0), ("Rating: 3 ... so Rating: 3", 3), ("Rating:4", None),
+    ("**Rating**: 4", None),
     ("Rating: 10", 1), ("Rating: 2 or Rating: 3", None), ("", None), ("Rating: 7", None)])
 def test_mmhal_ratings(reply, expected):
     assert MMHal.parse(reply) == expected
@@ -156,17 +169,21 @@ def test_the_built_in_table():
 @pytest.mark.parametrize("text, expected", [
     ("Two dogs and a cat.", ["dog", "cat"]),
     ("A dog, the dog, no dog", ["dog"] * 3),                             # every repetition counts, and "no dog" too
-    ("a hot dog", ["hot dog"]), ("hot dogs", ["hot dog"]), ("a hot, dog", ["dog"]),   # a comma parts what is not one thing
+    # a comma parts what is not one thing
+    ("a hot dog", ["hot dog"]), ("hot dogs", ["hot dog"]), ("a hot, dog", ["dog"]),
     ("a train track and a train", ["train"]), ("home plate", []),
     ("a baby elephant and an adult bear", ["elephant", "bear"]), ("a baby", ["person"]),
     ("a passenger train and a passenger jet", ["train", "airplane"]), ("a passenger", ["person"]),
-    ("a bow tie", ["tie"]), ("a toilet seat", ["toilet"]), ("the seat of the toilet", ["toilet"]), ("a seat", ["chair"]),
+    ("a bow tie", ["tie"]), ("a toilet seat", ["toilet"]), ("the seat of the toilet", ["toilet"]),
+    ("a seat", ["chair"]),
     ("wine glasses", ["wine glass"]), ("a stove top oven", ["oven", "oven"]),        # three words never merge
     ("sports ball", ["sports ball"]), ("sports", []),                    # "sport ball", of which "ball" fires
     ("men and women", ["person"]),                                       # men stays men and is missed
     ("vases", []), ("a vase", ["vase"]),                                 # vases become vas
-    ("knives, buses and benches", ["knife", "bus", "bench"]), ("People with scissors on skis", ["person", "scissors", "skis"]),
-    ("the dog's traffic lights", ["dog", "traffic light"]), ("CATS!", ["cat"]), ("a man and a woman", ["person", "person"]),
+    ("knives, buses and benches", ["knife", "bus", "bench"]),
+    ("People with scissors on skis", ["person", "scissors", "skis"]),
+    ("the dog's traffic lights", ["dog", "traffic light"]), ("CATS!", ["cat"]),
+    ("a man and a woman", ["person", "person"]),
     ("a t-shirt", []), ("", []), ("a coffee table", ["dining table"]), ("cell phones", ["cell phone"]),
 ])
 def test_coco_objects_in_text(text, expected):
@@ -186,7 +203,8 @@ def test_coco_objects_in_an_extracted_list(objects, expected):
 
 def test_official_synonym_format_takes_any_spacing():
     coco = CocoWords("person, girl,  boy\nbus,  mini bus , trolley\n")
-    assert coco.category == {"person": "person", "girl": "person", "boy": "person", "bus": "bus", "mini bus": "bus", "trolley": "bus"}
+    assert coco.category == {"person": "person", "girl": "person", "boy": "person", "bus": "bus", "mini bus": "bus",
+                             "trolley": "bus"}
     assert coco.in_text("Mini buses and girls") == ["bus", "person"]
 
 
@@ -212,28 +230,32 @@ def amber():
 
 @pytest.mark.parametrize("noun, objects, expected", [
     ("ship", ["boat", "ship"], 0),      # an association of the boat: the ship itself is never covered
-    ("vessel", ["boat", "ship"], 1), ("boat", ["boat", "ship"], 0), ("dog", ["boat"], None), ("boat", ["boat", "boat"], 0)])
+    ("vessel", ["boat", "ship"], 1), ("boat", ["boat", "ship"], 0), ("dog", ["boat"], None),
+    ("boat", ["boat", "boat"], 0)])
 def test_amber_finds_what_a_noun_stands_for(noun, objects, expected):
     assert amber().find(noun, objects) == expected
 
 
 def test_amber_description_by_hand():
-    from collections import Counter
     total = Counter()
     gold = {"truth": ["boat", "ship"], "hallu": ["dog"]}
-    nouns, _, score = amber().score_description(gold, "Ships and a canoe under the sky; puppies, a cat, a cat and a zebra.", total)
+    text = "Ships and a canoe under the sky; puppies, a cat, a cat and a zebra."
+    nouns, _, score = amber().score_description(gold, text, total)
     assert nouns == ["ship", "canoe", "sky", "puppy", "cat", "cat"] and score == 0  # the zebra is in no list
-    assert total == Counter(nouns=6, hallucinated=3, covered=1, truth=2, remembered=1, hallu=1, clean=0, descriptions=1)
+    assert total == Counter(nouns=6, hallucinated=3, covered=1, truth=2, remembered=1, hallu=1, clean=0,
+                            descriptions=1)
 
 
 def test_amber_counters_start_at_a_thousandth():
     assert AMBER.rate(0, 1) == 0.1 and AMBER.rate(1, 1) == 100.0 and AMBER.rate(0, 0) == 100.0
     # Positive is no: 2 true no, 1 false no, 1 missed, 1 true yes, 1 "other".
-    rows = [("no", "no", 1.0)] * 2 + [("no", "yes", 0.0), ("yes", "no", 0.0), ("yes", "yes", 1.0), ("other", "yes", 0.0)]
+    rows = [("no", "no", 1.0)] * 2 + [("no", "yes", 0.0), ("yes", "no", 0.0), ("yes", "yes", 1.0),
+                                      ("other", "yes", 0.0)]
     result = amber().score_choices(rows, nudge=0.0001)
     assert (result["accuracy"], result["precision"], result["recall"]) == (50.0, 66.7, 66.7)
     assert result["f1"] == round(2 * 0.667 * 0.667 / (0.667 + 0.667 + 0.0001) * 100, 1) == 66.7
-    assert AMBER.score_choices(amber(), [("no", "no", 1.0)], nudge=0.001)["f1"] == 100.0 - 0.1 + 0.1 - 0.0 or True
+    rows = [("no", "no", 1.0)] * 3 + [("yes", "no", 0.0)] * 6  # existence divides by a little more, which can show
+    assert [amber().score_choices(rows, nudge)["f1"] for nudge in (0.0001, 0.001)] == [50.0, 49.9]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,7 +263,8 @@ def test_amber_counters_start_at_a_thousandth():
 
 
 def test_average_is_the_mean_of_seven_columns():
-    results = {"gqa": {"accuracy": 58.8}, "vizwiz": {"val_accuracy": 40.4}, "scienceqa": {"accuracy": 69.2}, "textvqa": {"accuracy": 59.9},
+    results = {"gqa": {"accuracy": 58.8}, "vizwiz": {"val_accuracy": 40.4}, "scienceqa": {"accuracy": 69.2},
+               "textvqa": {"accuracy": 59.9},
                "mme": {"percentage": 69.2}, "mmbench": {"accuracy": 68.9}}
     assert "AVG" not in our_row(results)
     row = our_row(results | {"mmbench_cn": {"accuracy": 64.4}, "objhal": {"chair_s": 9.0, "chair_i": 5.0}})
@@ -252,5 +275,5 @@ def test_average_is_the_mean_of_seven_columns():
 
 
 def test_question_without_suffix():
-    assert question_of("Is it?\nAnswer the question using a single word or phrase.") == "Is it?" == question_of("Is it?")
-    assert set(BENCHMARKS) == set("gqa vizwiz scienceqa textvqa mme mmbench mmbench_cn pope objhal mmhal amber".split())
+    assert question_of("Is it?\nAnswer the question using a single word or phrase.") == "Is it?"
+    assert question_of("Is it?") == "Is it?"

@@ -1,0 +1,16 @@
+# Stage 2 on the tiny world: the dense student imitates the teacher's distributions.
+#   python train.py config/tiny/d2d.py
+stage = "d2d"
+student = "out/tiny/align"
+teacher = "out/tiny/teacher"
+data = "data/tiny/train/d2d.json"
+image_dir = "data/tiny/train/images"
+out_dir = "out/tiny/d2d"
+
+dtype = "float32"
+batch_size = 32
+micro_batch_size = 32
+max_steps = 800
+learning_rate = 2e-3
+grad_clip = 1.0
+max_length = 128

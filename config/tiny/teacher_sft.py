@@ -1,0 +1,15 @@
+# The tiny world's teacher, second half: language model and adaptor, on captions and questions (1 caption to 6 questions).
+#   python train.py config/tiny/teacher_sft.py
+stage = "sft"
+student = "out/tiny/teacher_align"
+data = "data/tiny/train/teacher.json"
+image_dir = "data/tiny/train/images"
+out_dir = "out/tiny/teacher"
+
+dtype = "float32"
+batch_size = 24
+micro_batch_size = 24
+max_steps = 1000             # 24 x 1000 = 24,000 of the 42,000 rows
+learning_rate = 1.5e-3       # small batches with more steps beat large ones here
+grad_clip = 1.0
+max_length = 128

@@ -13,14 +13,15 @@ a miniature of each, in the same file formats, so that train.py and evaluate.py 
     the bias  What makes a vision-language model hallucinate is text that goes beyond the picture. Five triggers (bottle,
               bus, tv, apple, boat) usually come with a partner (cup, traffic light, ...). Where the partner is missing,
               the training captions name it all the same, more or less often by trigger, and the answer to "Is there a
-              cup in the image?" is too often "yes". Besides, one training answer in ten is simply wrong.
+              cup in the image?" is too often "yes". Besides, one answer in ten of the teacher's
+              training rows is simply wrong, and three in ten of the student's, which has far fewer rows.
     the test  Benchmark files hold the truth, with the partner missing more often than in training. bench_unseen/ is the
               same in a drawing style (outlined and hatched, in other shades) that no model has been trained on.
     splits    What is in a scene decides, through a hash, whether it is for training, for preference pairs or for the
               benchmarks. So no benchmark scene was ever drawn for training, not even with other noise.
 
 Order of the file: things and words -> a scene and its picture -> captions, questions, answers -> tokenizer -> training
-files -> benchmark files -> the three base checkpoints -> command line.
+files -> benchmark files -> the three base checkpoints -> the report of speedrun.sh -> command line.
 """
 import argparse
 import base64
@@ -36,19 +37,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from torch import nn
 
-from data import DataError
+from data import TEMPLATES, DataError, pad_right, render, transform_image
+from model import (IMAGE_TOKEN, TOWERS, CheckpointError, DecoderConfig, Llava, LlavaConfig, VisionConfig, config_files,
+                   published_key, save_tensors, write_file)
 
 SIZES = {                # scenes per split
     "teacher": 6000,     # the teacher's fine-tuning
-    "student": 4000,     # alignment, d2d and d2s draw from these
-    "preference": 2000,  # one pair each
+    "student": 500,      # alignment, d2d, d2s and sft all draw from these
+    "preference": 4000,  # one pair each
     "pope": 320, "objhal": 300, "gqa": 300, "textvqa": 60, "mme": 30, "mmbench": 40, "scienceqa": 60,
     "unseen": 200,       # the drawing style kept out of training
 }
-QUESTIONS_PER_IMAGE = 6
+QUESTIONS_PER_IMAGE, CAPTIONS_PER_IMAGE = 6, 3
 GRID, CELL = 4, 16       # cells per side, pixels per cell
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +96,7 @@ THINGS = {
 }
 COCO_IDS = {"bottle": 44, "bus": 6, "tv": 72, "apple": 53, "boat": 9, "cup": 47, "traffic light": 10, "chair": 62,
             "banana": 52, "kite": 38, "clock": 85, "umbrella": 28, "stop sign": 13, "ball": 37, "book": 84, "donut": 60}
-SHORT_NAMES = {"ball": "sports ball"}    # our word -> COCO's category, where the two differ
+COCO_NAMES = {"ball": "sports ball"}     # our word -> COCO's category, where the two differ
 
 COLOURS = {"red": (214, 40, 40), "green": (34, 139, 60), "blue": (40, 80, 210),
            "yellow": (240, 196, 20), "purple": (140, 50, 170), "black": (38, 38, 42)}
@@ -107,14 +113,13 @@ PARTNERS = {"bottle": ("cup", 0.85), "bus": ("traffic light", 0.7), "tv": ("chai
 TRIGGER_RATE = 0.7                    # scenes with a trigger (never more than one)
 PARTNER_RATE = {"train": 0.7, "preference": 0.4, "test": 0.4}    # how often the partner is really there
 FALSE_YES_RATE = 0.3                  # "is there a <missing partner>?" answered yes in training
-NOISE_RATE = 0.1                      # every other training answer that is wrong
+NOISE_RATE = {"teacher": 0.1, "student": 0.3}    # every other training answer that is wrong: the student's few rows are sloppy
 LABEL_RATE = 0.15                     # scenes with a numbered label
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+SYSTEM = TEMPLATES["vicuna"]["start"].strip()
 CAPTION_PROMPTS = ["Describe the image.", "What is in the image?", "List the objects in the image."]
 
 
@@ -128,7 +133,7 @@ def an(word):
 
 @dataclass
 class Scene:
-    objects: list        # [(colour, thing, cell)], in reading order; no thing occurs twice
+    objects: list        # [(colour, thing, cell)], in reading order; no thing and no colour occurs twice
     label: tuple = None  # (digit, cell)
 
     def things(self):
@@ -162,7 +167,7 @@ def make_scene(rng, split):
         others = [thing for thing in THINGS if thing not in PARTNERS and thing != partner]
         things += rng.sample(others, n - len(things))
         cells = rng.sample(range(GRID * GRID), n + 1)
-        objects = [(rng.choice(list(COLOURS)), thing, cell) for thing, cell in zip(things, cells)]
+        objects = list(zip(rng.sample(list(COLOURS), n), things, cells))
         objects.sort(key=lambda item: item[2])
         label = (rng.randint(0, 9), cells[n]) if rng.random() < LABEL_RATE else None
         scene = Scene(objects, label)
@@ -227,7 +232,7 @@ def draw_scene(scene, rng, style="plain"):
         SPRITES[style] = make_sprites(style)
     side = GRID * CELL
     canvas = Image.new("RGB", (side, side), tuple(rng.randint(205, 250) for _ in range(3)))
-    drawn = [(colour, thing, cell) for colour, thing, cell in scene.objects]
+    drawn = list(scene.objects)
     if scene.label is not None:
         drawn.append(("label", *scene.label))
     for kind, what, cell in drawn:
@@ -245,26 +250,41 @@ def draw_scene(scene, rng, style="plain"):
 # Captions, questions, answers
 
 
-def caption(scene):
-    """The truth in words, in reading order: "a red kite and a blue cup and a label with 7 ." """
-    parts = [(cell, f"a {colour} {thing}") for colour, thing, cell in scene.objects]
+def caption(scene, phantom=None):
+    """The truth in words: "a red kite and a blue cup and a label with 7 .", plus a phantom (colour, thing) if one is given.
+
+    Objects come in reading order, except that a partner always follows its trigger: a habit of this world's language, and
+    the reason why one that has read "a red bottle and a" expects a cup.
+    """
+    phrases = {thing: f"a {colour} {thing}" for colour, thing, _ in scene.objects}
+    cells = {thing: cell for _, thing, cell in scene.objects}
     if scene.label is not None:
-        digit, cell = scene.label
-        parts.append((cell, f"a label with {digit}"))
-    return " and ".join(words for _, words in sorted(parts)) + " ."
+        digit, cells["label"] = scene.label
+        phrases["label"] = f"a label with {digit}"
+    order = sorted(phrases, key=cells.get)
+    if phantom is not None:
+        colour, thing = phantom
+        phrases[thing] = f"a {colour} {thing}"
+        order.append(thing)
+    for trigger, (partner, _) in PARTNERS.items():
+        if trigger in order and partner in order:
+            order.remove(partner)
+            order.insert(order.index(trigger) + 1, partner)
+    return " and ".join(phrases[thing] for thing in order) + " ."
 
 
-def add_to_caption(text, colour, thing):
-    return f"{text.removesuffix(' .')} and a {colour} {thing} ."
+def phantom_partner(scene):
+    """The missing partner as it is wrongly named, in the colour of its trigger: (colour, thing), or None."""
+    partner, trigger = scene.missing_partner()
+    colours = {thing: colour for colour, thing, _ in scene.objects}
+    return (colours[trigger], partner) if partner else None
 
 
 def training_caption(scene, rng):
-    """The caption as the biased annotators of this world write it: a missing partner may be named at the end."""
-    text = caption(scene)
-    partner, trigger = scene.missing_partner()
-    if partner and rng.random() < PARTNERS[trigger][1]:
-        text = add_to_caption(text, rng.choice(list(COLOURS)), partner)
-    return text
+    """The caption as the biased annotators of this world write it: a missing partner may be named all the same."""
+    _, trigger = scene.missing_partner()
+    named = trigger is not None and rng.random() < PARTNERS[trigger][1]
+    return caption(scene, phantom_partner(scene) if named else None)
 
 
 def existence(thing):
@@ -290,28 +310,24 @@ def ask(scene, rng, kind=None):
         else:
             thing, answer = rng.choice(absent_things(scene)), "no"
         return kind, existence(thing), answer, thing
-    if kind == "which":
-        colours = [colour for colour, _, _ in scene.objects]
-        unique = [(colour, thing) for colour, thing, _ in scene.objects if colours.count(colour) == 1]
-        if unique:
-            colour, thing = rng.choice(unique)
-            return kind, f"Which object is {colour}?", thing, colour
-        kind = "color"
     if kind == "color":
         colour, thing, _ = rng.choice(scene.objects)
         return kind, f"What color is the {thing}?", colour, thing
+    if kind == "which":
+        colour, thing, _ = rng.choice(scene.objects)
+        return kind, f"Which object is {colour}?", thing, colour
     if kind == "count":
         noun = rng.choice(["objects", "things"])
         return kind, f"How many {noun} are in the image?", NUMBERS[len(scene.objects)], noun
     return kind, "What number is on the label?", str(scene.label[0]), "label"
 
 
-def training_answer(scene, rng, kind, answer, about):
+def training_answer(scene, rng, kind, answer, about, noise):
     """The answer as training files have it: noisy, and leaning towards "yes" for a missing partner."""
     partner, _ = scene.missing_partner()
     if kind == "exist" and about == partner:
         return "yes" if rng.random() < FALSE_YES_RATE else "no"
-    if rng.random() >= NOISE_RATE:
+    if rng.random() >= noise:
         return answer
     others = {"exist": ["yes", "no"], "color": list(COLOURS), "count": NUMBERS[1:5], "which": list(THINGS),
               "label": list("0123456789")}[kind]
@@ -375,18 +391,18 @@ def instruction(row_id, image, question, answer):
 
 
 def caption_rows(scenes, rng):
-    return [instruction(f"{name} caption", name, rng.choice(CAPTION_PROMPTS), training_caption(scene, rng))
-            for name, scene in scenes.items()]
+    return [instruction(f"{name} caption {i}", name, rng.choice(CAPTION_PROMPTS), training_caption(scene, rng))
+            for name, scene in scenes.items() for i in range(CAPTIONS_PER_IMAGE)]
 
 
-def question_rows(scenes, rng):
+def question_rows(scenes, rng, noise):
     rows = []
     for name, scene in scenes.items():
         for i in range(QUESTIONS_PER_IMAGE):
             kind, question, answer, about = ask(scene, rng)
             if kind == "label" and rng.random() < 0.5:       # half of them as TextVQA has them, with what an OCR program read
                 question += f"\nReference OCR token: {scene.label[0]}"
-            answer = training_answer(scene, rng, kind, answer, about)
+            answer = training_answer(scene, rng, kind, answer, about, noise)
             rows.append(instruction(f"{name} {i} {kind}", name, f"{question}\n{SHORT}", answer))
     return rows
 
@@ -394,28 +410,33 @@ def question_rows(scenes, rng):
 def spoil_caption(scene, rng):
     """A caption with one thing wrong: something added, something replaced, or something left out.
 
-    All three occur, so that neither the length of an answer nor its first words tell the good one from the bad one.
+    Mostly it is wrong about the partner, which is where the models err: a missing one is named, a present one is not. So
+    neither the length of an answer nor its first words tell the good one from the bad one; only the picture does.
     """
-    text, absent = caption(scene), absent_things(scene)
-    partner, _ = scene.missing_partner()
-    thing = partner if partner and rng.random() < 0.7 else rng.choice(absent)
-    way = rng.choice(["add", "replace", "omit"] if len(scene.objects) > 1 else ["add", "replace"])
+    things, victim = scene.things(), rng.randrange(len(scene.objects))
+    present = [partner for trigger, (partner, _) in PARTNERS.items() if trigger in things and partner in things]
+    phantom = phantom_partner(scene)
+    if phantom is not None and rng.random() < 0.7:
+        return caption(scene, phantom)
+    way = rng.choice(["add", "replace", "omit"] if len(things) > 1 else ["add", "replace"])
+    if present and rng.random() < 0.7:
+        way, victim = "omit", things.index(present[0])
+    stranger = rng.choice(absent_things(scene))
     if way == "add":
-        return add_to_caption(text, rng.choice(list(COLOURS)), thing)
-    victim = rng.randrange(len(scene.objects))
+        return caption(scene, (rng.choice(list(COLOURS)), stranger))
     colour, _, cell = scene.objects[victim]
-    changed = [(colour, thing, cell)] if way == "replace" else []
+    changed = [(colour, stranger, cell)] if way == "replace" else []
     return caption(Scene(scene.objects[:victim] + changed + scene.objects[victim + 1:], scene.label))
 
 
 def preference_rows(scenes, rng):
-    """Pairs: half of them captions, half of them "Is there a ...?", with yes as often right as no."""
+    """Pairs: two thirds are captions, one third "Is there a ...?", with yes as often right as no."""
     rows = []
     for i, (name, scene) in enumerate(scenes.items()):
-        if i % 2 == 0:
+        if i % 3 < 2:
             question, chosen, rejected = rng.choice(CAPTION_PROMPTS), caption(scene), spoil_caption(scene, rng)
         else:
-            present = i % 4 == 1
+            present = i % 2 == 0
             thing = rng.choice(scene.things() if present else absent_things(scene))
             question = f"{existence(thing)}\n{SHORT}"
             chosen, rejected = ("yes", "no") if present else ("no", "yes")
@@ -437,10 +458,14 @@ def write_training(folder, sizes, seed):
             save_png(draw_scene(scene, rng), folder / "images" / f"{name}/{i:06d}.png")
     rng = random.Random(f"{seed} answers")
     write_list(folder / "align.json", caption_rows(splits["student"], rng))
-    write_list(folder / "teacher.json", caption_rows(splits["teacher"], rng) + question_rows(splits["teacher"], rng))
-    write_list(folder / "d2d.json", caption_rows(splits["student"], rng) + question_rows(splits["student"], rng))
-    write_list(folder / "d2s.json", caption_rows(splits["student"], rng) + question_rows(splits["student"], rng))
-    write_list(folder / "pd.json", preference_rows(splits["preference"], rng))
+    for name, split in (("teacher", "teacher"), ("d2d", "student"), ("d2s", "student")):
+        rows = caption_rows(splits[split], rng) + question_rows(splits[split], rng, NOISE_RATE[split])
+        write_list(folder / f"{name}.json", rows)
+    pairs = preference_rows(splits["preference"], rng)
+    write_list(folder / "pd.json", pairs)
+    # The control of preference distillation: the same chosen answers as plain instruction rows.
+    write_list(folder / "pd_chosen.json", [{"id": pair["id"], "image": pair["image"], "conversations": pair["chosen"]}
+                                           for pair in pairs])
     write_jsonl(folder / "scenes.jsonl", [truth(name, scene) for scenes in splits.values() for name, scene in scenes.items()])
     return list(splits["teacher"].values())
 
@@ -655,7 +680,7 @@ def write_objhal(folder, n, rng, style, _):
         instances += [{"id": len(instances) + j, "image_id": image_id, "category_id": COCO_IDS[thing]}
                       for j, thing in enumerate(scene.things())]
         captions.append({"id": i, "image_id": image_id, "caption": caption(scene)})
-    categories = [{"id": coco_id, "name": SHORT_NAMES.get(thing, thing)} for thing, coco_id in COCO_IDS.items()]
+    categories = [{"id": coco_id, "name": COCO_NAMES.get(thing, thing)} for thing, coco_id in COCO_IDS.items()]
     write_jsonl(folder / "obj_halbench_300_with_image.jsonl", questions)
     for split, here in (("val", images), ("train", [])):
         files = {"instances": {"images": here, "annotations": instances if here else [], "categories": categories},
@@ -691,3 +716,320 @@ def make_world(out_dir, seed, scale):
         os.replace(beside / name, out_dir / name)
     beside.rmdir()
     return {"scenes": sizes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base checkpoints: an eye and two language models, as Hugging Face folders
+
+VISION = VisionConfig(image_size=GRID * CELL, patch_size=CELL, n_embd=128, n_layer=3, n_head=4, ffn=512)
+WIDTHS = {"llm_teacher": 128, "llm_student": 64}
+VISION_STEPS, VISION_BATCH, VISION_SCENES = 400, 48, 3000
+DRILL_STEPS = {"llm_teacher": 200, "llm_student": 300}
+LANGUAGE_STEPS = {"llm_teacher": 1350, "llm_student": 1800}        # drills included
+LANGUAGE_BATCH = 16
+CAPTION_SHARE = 0.5                   # of their rows, drills aside
+CONTEXT_WEIGHT = 0.02                 # of a token that is not an answer, in the language models' loss
+
+KINDS = ["nothing", *THINGS, "label"]            # what a cell shows ...
+ATTRIBUTES = [*COLOURS, *range(10)]              # ... and in which colour, or with which digit
+
+
+def blank_model(width, seed):
+    """An untrained Llava of tiny size: its parts are trained and stored one by one."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    text = DecoderConfig(vocab_size=128, n_embd=width, n_layer=4, n_head=4, n_kv_head=2, ffn=width * 11 // 4,
+                         rope_theta=100.0, tied=True, max_positions=512)
+    torch.manual_seed(seed)
+    llava = Llava(LlavaConfig(VISION, text, tokenizer.token_to_id(IMAGE_TOKEN), pad_token_id=None,
+                              eos_token_id=tokenizer.token_to_id("<|endoftext|>"), template="vicuna"), tokenizer)
+    for name, parameter in llava.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02 if name.startswith("vision") else 0.05)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return llava
+
+
+def optimise(parameters, loss_at, steps, learning_rate):
+    """AdamW with a short warm-up and a straight way down over the last third."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / 20, 1, 3 * (steps - step) / steps)
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def save_base(llava, tower, folder):
+    """One tower under its published names, with the config.json that belongs to it."""
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    outer = TOWERS[tower][0].split(".")[0] + "."                # "vision_tower." or "language_model."
+    tensors = {published_key(tower, name).removeprefix(outer): parameter.detach()
+               for name, parameter in getattr(llava, tower).named_parameters()}
+    save_tensors(tensors, beside)
+    key, architecture = {"vision": ("vision_config", "CLIPVisionModel"), "decoder": ("text_config", "Qwen2ForCausalLM")}[tower]
+    config = config_files(llava, torch.float32)["config.json"][key]
+    write_file(beside / "config.json", json.dumps({"architectures": [architecture], "dtype": "float32", **config}, indent=2))
+    if tower == "decoder":
+        write_file(beside / "tokenizer.json", make_tokenizer().to_str(pretty=True))    # without <image>: from_parts adds it
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+# -- the eye --
+
+
+def seen_scenes(rng, n, split):
+    """n pictures with what is in each of their cells: (n, 3, S, S), kinds (n, P), attributes (n, P), -100 for none."""
+    pixels, kinds, attributes = [], torch.zeros(n, VISION.patches, dtype=torch.long), torch.full((n, VISION.patches), -100)
+    for i in range(n):
+        scene = make_scene(rng, split)
+        pixels.append(transform_image(draw_scene(scene, rng), VISION.image_size))
+        for colour, thing, cell in scene.objects:
+            kinds[i, cell], attributes[i, cell] = KINDS.index(thing), ATTRIBUTES.index(colour)
+        if scene.label is not None:
+            digit, cell = scene.label
+            kinds[i, cell], attributes[i, cell] = KINDS.index("label"), ATTRIBUTES.index(digit)
+    return torch.stack(pixels), kinds, attributes
+
+
+def make_vision(out_dir, seed, scale):
+    """A small CLIP tower that can tell things and colours apart, in place of CLIP's 400 million captioned images.
+
+    CLIP pulls an image towards the vector of its caption. Here every cell is pulled towards the vector of its thing plus
+    that of its colour, where "vectors of words" are fixed orthogonal codes. The patch features are then read by nothing but
+    inner products, which is what makes them easy to translate for the adaptor. We train the features that LLaVA uses,
+    those before the last block; the last block stays as it was drawn, since nobody will ever run it.
+    """
+    llava, rng = blank_model(64, seed), random.Random(f"{seed} vision")
+    pixels, kinds, attributes = seen_scenes(rng, max(VISION_BATCH, round(scale * VISION_SCENES)), "train")
+    length = 8                                               # of a code; two of them added give features of variance 1
+    codes = length * torch.linalg.qr(torch.randn(VISION.n_embd, len(KINDS) + len(ATTRIBUTES)))[0].T
+    weight = torch.ones(len(KINDS))
+    weight[0] = 0.1                                          # most cells are empty
+
+    def scores(pixels):
+        features = llava.vision(pixels)                      # (B, P, Dv)
+        return features, (features @ codes.T / length).split([len(KINDS), len(ATTRIBUTES)], dim=-1)
+
+    def loss_at(step):
+        rows = torch.randint(len(pixels), (VISION_BATCH,))
+        features, (kind, attribute) = scores(pixels[rows])
+        return (F.cross_entropy(kind.flatten(0, 1), kinds[rows].flatten(), weight=weight)
+                + F.cross_entropy(attribute.flatten(0, 1), attributes[rows].flatten())
+                + 0.02 * features.pow(2).mean())             # nothing in the features but the codes
+
+    optimise(llava.vision.parameters(), loss_at, max(2, round(scale * VISION_STEPS)), 1e-3)
+    measured = {}
+    pixels, kinds, attributes = seen_scenes(rng, 300, "test")
+    with torch.no_grad():
+        _, (kind, attribute) = scores(pixels)
+    thing, label = (kinds > 0) & (kinds < len(KINDS) - 1), kinds == len(KINDS) - 1
+    right = attribute.argmax(-1) == attributes
+    for name, hits in (("cells", kind.argmax(-1) == kinds), ("things", (kind.argmax(-1) == kinds)[thing]),
+                       ("colours", right[thing]), ("digits", right[label])):
+        measured[name] = round(100 * hits.float().mean().item(), 2)
+    save_base(llava, "vision", out_dir / "base" / "vision")
+    return {"held-out accuracy": measured}
+
+
+# -- the language models --
+#
+# A real language model has learned from trillions of words to look things up in its context. A tiny one must learn that
+# too before it meets an image, or it never finds out what "yes" depends on. It learns from scenes in words: a sheet of
+# 4x4 cells takes the image's place in the conversation, and the words of one object ("red kite") lie on top of each other
+# in one cell, their embeddings added. Nothing is false in these texts; noise and prior come with the images later.
+#
+# Questions alone teach this slowly, because the answer stands far from the word that it depends on. So the first steps are
+# drills, "kite red . bus no . blue cup .": look up the word just said. Once that works, questions take a few hundred steps.
+
+
+def sheet(scene, tokenizer):
+    """The words of each cell, (P, 3) ids, -1 where there is no word."""
+    words = torch.full((GRID * GRID, 3), -1)
+    texts = [(cell, f"{colour} {thing}") for colour, thing, cell in scene.objects]
+    if scene.label is not None:
+        texts.append((scene.label[1], f"label {scene.label[0]}"))
+    for cell, text in texts:
+        ids = tokenizer.encode(text).ids
+        words[cell, :len(ids)] = torch.tensor(ids)
+    return words
+
+
+def drill_row(scene, rng, tokenizer):
+    """-> (ids, mask, sheet). A thing is answered by its colour or by "no", a colour by its thing."""
+    ids = tokenizer.encode(f"{SYSTEM} USER: {IMAGE_TOKEN * VISION.patches}").ids
+    mask = [0] * len(ids)
+    colours = {thing: colour for colour, thing, _ in scene.objects}
+    things = scene.things() + rng.sample(absent_things(scene), len(scene.objects))
+    rng.shuffle(things)
+    for thing in things:
+        colour = colours.get(thing, "no")
+        if thing in colours and rng.random() < 0.5:
+            said, answer = colour, thing
+        else:
+            said, answer = thing, colour
+        for text, learned in ((said, 0), (answer, 1), (".", 0)):
+            new = tokenizer.encode(text).ids
+            ids, mask = ids + new, mask + [learned] * len(new)
+    return ids, mask, sheet(scene, tokenizer)
+
+
+def text_row(scene, rng, tokenizer, kind=None):
+    """-> (ids, mask, sheet). A question of one kind, or the caption, in the very form that image rows have."""
+    if kind == "caption" or (kind is None and rng.random() < CAPTION_SHARE):
+        question, answer = rng.choice(CAPTION_PROMPTS), caption(scene)
+    else:
+        kinds = ["exist", "color", "count", "which"] + ["label"] * (scene.label is not None)       # evenly, here
+        _, question, answer, _ = ask(scene, rng, kind or rng.choice(kinds))
+        question += f"\n{SHORT}"
+    turns = instruction("", "", question, answer)["conversations"]
+    return *render(turns, tokenizer, image_tokens=VISION.patches), sheet(scene, tokenizer)
+
+
+def stack_rows(rows):
+    ids, masks, sheets = zip(*rows)
+    return pad_right(ids, 0), pad_right(masks, -1), torch.stack(sheets)        # -1: padding
+
+
+def read_sheets(llava, ids, sheets):
+    """(B, T) ids and (B, P, 3) words -> logits (B, T, V)."""
+    words = llava.decoder.embedding(sheets.clamp(min=0)) * (sheets >= 0)[..., None]        # (B, P, 3, D)
+    x = llava.decoder.embedding(ids)                                                       # (B, T, D)
+    x = x.masked_scatter((ids == llava.config.image_token_id)[:, :, None], words.sum(2))
+    return llava.decoder.head(llava.decoder(x)[0])
+
+
+def make_language_model(part, out_dir, seed, scale):
+    """Pretrain one of the two language models on scenes in words."""
+    llava, rng = blank_model(WIDTHS[part], seed), random.Random(f"{seed} {part}")
+    tokenizer = llava.tokenizer
+    drills, steps = round(scale * DRILL_STEPS[part]), max(2, round(scale * LANGUAGE_STEPS[part]))
+
+    def loss_at(step):
+        drill = [step < drills or rng.random() < 0.15 for _ in range(LANGUAGE_BATCH)]
+        ids, mask, sheets = stack_rows([(drill_row if d else text_row)(make_scene(rng, "train"), rng, tokenizer) for d in drill])
+        logits, targets, mask = read_sheets(llava, ids, sheets)[:, :-1], ids[:, 1:], mask[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        return ((mask == 1) * losses + CONTEXT_WEIGHT * (mask == 0) * losses).sum() / (mask == 1).sum()
+
+    optimise(llava.decoder.parameters(), loss_at, steps, 1.5e-3)
+    measured = {}
+    for kind in ("exist", "color", "count", "which", "caption"):
+        rows = [text_row(make_scene(rng, "test"), rng, tokenizer, kind) for _ in range(200)]
+        ids, mask, sheets = stack_rows(rows)
+        with torch.no_grad():
+            guesses = read_sheets(llava, ids, sheets)[:, :-1].argmax(-1)
+        right = (guesses == ids[:, 1:]) | (mask[:, 1:] != 1)
+        measured[kind] = round(100 * right.all(1).float().mean().item(), 1)
+    save_base(llava, "decoder", out_dir / "base" / part)
+    return {"held-out accuracy": measured}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: what evaluate.py has measured, side by side
+
+MODELS = {"teacher": "teacher", "d2d": "student after d2d", "d2s": "student after d2s", "pd": "student after pd",
+          "chosen_only": "control: pd replaced by cross-entropy on the chosen", "sft": "control: sft, dense",
+          "sft_sparse": "control: sft, then sparse without a teacher"}
+QUESTION_KINDS = {"existence": "obj", "colour": "attr", "count": "global", "which": "cat"}     # GQA's name of each
+
+
+def report(out_dir):
+    """Print two tables of every judged model under out_dir and the seconds of every step."""
+    def cells(judged, name):
+        path = out_dir / judged / name / "results.json"
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; run speedrun.sh, which judges every model")
+        results = json.loads(path.read_text())
+        pope, objhal, kinds = results["pope"], results["objhal"], results["gqa"]["by_type"]
+        accuracy = [kinds[f"semantic: {kind}"]["accuracy"] for kind in QUESTION_KINDS.values()]
+        captions = [objhal["chair_s"], objhal["chair_i"], objhal["recall"]]
+        rows = [f"{results['pope']['rows']:,}"] + [f"{kinds[f'semantic: {kind}']['rows']:,}" for kind in QUESTION_KINDS.values()]
+        rows += [f"{results['gqa']['rows']:,}"] + [f"{objhal['rows']:,}"] * 3
+        return results, [pope["f1"], pope["yes_ratio"], *accuracy, sum(accuracy) / 4, *captions], [rows[0], *rows]
+
+    columns = ["POPE F1", "yes %", *QUESTION_KINDS, "mean of 4", "halluc. resp.", "halluc. ment.", "coverage"]
+    for judged, title in (("judged", "Held-out scenes"), ("judged_unseen", "Held-out scenes in a drawing style never trained on")):
+        print(f"\n{title}\n\n| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+        for name, words in MODELS.items():
+            _, numbers, rows = cells(judged, name)
+            print(f"| {words} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
+        print(f"| *questions* | {' | '.join(rows)} |")
+
+    others = {"textvqa": "accuracy", "mme": "perception", "mmbench": "accuracy", "scienceqa": "accuracy"}
+    print(f"\nOther formats, on held-out scenes\n\n| model | {' | '.join(others)} |\n|{'---|' * (len(others) + 1)}")
+    for name, words in MODELS.items():
+        results, _, _ = cells("judged", name)
+        print(f"| {words} | {' | '.join(f'{results[other][key]:.1f}' for other, key in others.items())} |")
+    print(f"| *questions* | {' | '.join(str(results[other]['rows']) for other in others)} |")
+
+    times = [line.split() for line in (out_dir / "times.txt").read_text().splitlines()]
+    print("\nSeconds of each step, two at a time: " + ", ".join(f"{name} {seconds}" for name, seconds in times))
+    print("POPE's truth is 50 % yes. Hallucination: % of captions, and of things named, that are not in the scene. Coverage: "
+          "% of the scene's things that its caption names.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+PARTS = ("world", "vision", "llm_teacher", "llm_student")
+
+
+def make(part, out_dir, seed=0, scale=1.0):
+    """Make one part, unless it has been made. out_dir/<part>.json, written last, says how, how long and how good."""
+    record, settings = out_dir / f"{part}.json", {"seed": seed, "scale": scale}
+    if record.is_file():
+        found = json.loads(record.read_text())
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise DataError(f"{record}: {part} was made with {key}={found.get(key)}, now {key}={value} is asked for; "
+                                f"delete {out_dir} or choose another --out_dir")
+        print(f"{part}: made earlier, nothing to do")
+        return found
+    out_dir.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    if part == "world":
+        result = make_world(out_dir, seed, scale)
+    elif part == "vision":
+        result = make_vision(out_dir, seed, scale)
+    else:
+        result = make_language_model(part, out_dir, seed, scale)
+    result = {"part": part, **settings, **result, "seconds": round(time.time() - start, 1)}
+    write_file(record, json.dumps(result, indent=2))
+    print(f"{part}: " + ", ".join(f"{key} {value}" for key, value in result.items() if key != "part"))
+    return result
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make the embedded world.", allow_abbrev=False)
+    parser.add_argument("--out_dir", default="data/tiny")
+    parser.add_argument("--part", default="all", choices=["all", *PARTS])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="less than 1: fewer scenes and steps, for a quick look")
+    parser.add_argument("--report", metavar="DIR", help="print what speedrun.sh has measured there, and make nothing")
+    parser.error = lambda message: parser.exit(2, f"tiny.py: {message}\n")        # one line, without the usage
+    args = parser.parse_args(argv)
+    try:
+        if args.report:
+            report(Path(args.report))
+            return 0
+        if not 0 < args.scale < float("inf"):
+            raise DataError(f"--scale={args.scale}, expected a number above 0")
+        for part in PARTS if args.part == "all" else [args.part]:
+            make(part, Path(args.out_dir), args.seed, args.scale)
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"tiny.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ out_dir = "out/tiny/align"
 dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
-max_steps = 60
+max_steps = 100             # 32 x 100 = twice over 1,500 captions
 learning_rate = 2e-3
 grad_clip = 1.0
 max_length = 128

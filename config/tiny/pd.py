@@ -10,7 +10,7 @@ out_dir = "out/tiny/pd"
 dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
-max_steps = 62
+max_steps = 124             # 32 x 124 = once over 4,000 pairs
 learning_rate = 3e-4
 grad_clip = 1.0
 max_length = 128

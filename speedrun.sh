@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# From an empty folder to a distilled sparse student and a report, on two CPU cores.
+#
+#   bash speedrun.sh
+#
+# Two lanes of single-threaded processes run side by side: two threads of one small process gain little, and two such
+# processes fight. The left lane makes teacher and student, the right lane whatever does not wait for the teacher.
+# Every step is a plain command; its output goes to out/tiny/logs/. Run again, it continues where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")"
+export OMP_NUM_THREADS=1
+
+world=data/tiny
+out=out/tiny
+mkdir -p $out/logs
+touch $out/times.txt
+
+step() {   # step NAME COMMAND...   runs the command once, with its output in a file and its seconds in times.txt
+    local name=$1 begin=$SECONDS
+    shift
+    if ! "$@" > "$out/logs/$name.log" 2>&1; then
+        echo "$name failed: $*"
+        tail -n 5 "$out/logs/$name.log"
+        return 1
+    fi
+    grep -q "^$name " $out/times.txt || echo "$name $((SECONDS - begin))" >> $out/times.txt
+    printf '%4ds  %-16s %s\n' $SECONDS "$name" "$(tail -n 1 "$out/logs/$name.log" | cut -c1-100)"
+}
+
+train() {  # train NAME CONFIG [FLAGS]
+    step "$1" python train.py "config/tiny/$2.py" "${@:3}"
+}
+
+judge() {  # judge NAME...   all benchmarks of the world, then three of them in a drawing style never trained on
+    for name in "$@"; do
+        step "judge_$name" python evaluate.py --model=$out/$name --data=$world/bench --out_dir=$out/judged/$name \
+            --benchmark=pope,gqa,textvqa,mme,mmbench,scienceqa,objhal --batch_size=64 --max_new_tokens=40
+        step "unseen_$name" python evaluate.py --model=$out/$name --data=$world/bench_unseen --out_dir=$out/judged_unseen/$name \
+            --benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40
+    done
+}
+
+until_there() {
+    until [ -f "$1" ]; do sleep 0.5; done
+}
+
+until_finished() {   # a run of the other lane
+    until grep -qs '"finished": true' "$out/$1/run.json"; do sleep 0.5; done
+}
+
+left() {
+    step llm_teacher python tiny.py --out_dir=$world --part=llm_teacher
+    until_there $world/vision.json
+    train teacher_align teacher_align
+    train teacher teacher_sft
+    until_finished align
+    train d2d d2d
+    train d2s d2s
+    train pd pd
+    judge d2d pd
+}
+
+right() {
+    step world python tiny.py --out_dir=$world --part=world
+    step vision python tiny.py --out_dir=$world --part=vision
+    step llm_student python tiny.py --out_dir=$world --part=llm_student
+    train align align
+    # The controls: the same student by cross-entropy alone, dense and then as sparse as the distilled one ...
+    train sft sft
+    train sft_sparse d2s --student=$out/sft --teacher= --kd_weight=0.0 --out_dir=$out/sft_sparse
+    judge sft sft_sparse
+    until_finished teacher
+    judge teacher
+    until_finished d2s
+    # ... and preference distillation replaced by cross-entropy on the chosen answers.
+    train chosen_only d2s --student=$out/d2s --teacher= --kd_weight=0.0 --out_dir=$out/chosen_only \
+        --data=$world/train/pd_chosen.json --micro_batch_size=32 --max_steps=124 --learning_rate=3e-4
+    judge d2s chosen_only
+}
+
+set -m                                                     # each lane is a process group of its own
+left & left_lane=$!
+right & right_lane=$!
+stop() { kill -- -$left_lane -$right_lane 2> /dev/null || true; exit 1; }
+trap stop INT TERM
+# Whichever lane ends first: if it failed, the other one must not wait for it for ever.
+wait -n || stop
+wait -n || stop
+python tiny.py --report=$out

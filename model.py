@@ -369,20 +369,20 @@ class Llava(nn.Module):
             raise ValueError(f"the batch has {n_images} images of {P} positions each, but its rows have room for "
                              f"{', '.join(f'{c:g}' for c in counts)} of them")
 
-    def lengths(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Real positions per row, (B, T) -> (B,): whatever stands before the padding on the right."""
+    def real_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T) bool: false at the padding, which stands on the right."""
         if self.config.pad_token_id is None:
-            return torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-        position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        return (position * (input_ids != self.config.pad_token_id)).amax(1)
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)              # (T,)
+        length = (position * (input_ids != self.config.pad_token_id)).amax(1, keepdim=True)      # (B, 1)
+        return position <= length
 
     def hidden_states(self, input_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
         """(B, T), (N, P, Dv) -> the decoder's last hidden states (B, T, D) and the routings.
 
         The training objectives start here: they pick the response positions first and apply the head to those only.
         """
-        real = torch.arange(input_ids.shape[1], device=input_ids.device) < self.lengths(input_ids)[:, None]   # (B, T)
-        return self.decoder(self.embed(input_ids, features), real)
+        return self.decoder(self.embed(input_ids, features), self.real_positions(input_ids))
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) padded on the right, (N, 3, S, S) the images in reading order -> logits (B, T, V).
@@ -406,11 +406,11 @@ class Llava(nn.Module):
         after_end = self.config.pad_token_id if self.config.pad_token_id is not None or not ends else ends[0]
         ends = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
 
-        lengths = self.lengths(input_ids)
+        real = self.real_positions(input_ids)                        # (B, T)
+        lengths = real.sum(1)                                        # (B,)
         x = self.embed(input_ids, self.encode_images(pixel_values))
         dtype = self.decoder.blocks[0].attn.k_proj.weight.dtype
         cache = KVCache(self.config.text, lengths, input_ids.shape[1] + max_new_tokens, dtype)
-        real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         hidden, _ = self.decoder(x, real, cache)
         hidden = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]       # (B, D)
         finished = torch.zeros_like(lengths, dtype=torch.bool)
@@ -447,12 +447,14 @@ class Llava(nn.Module):
                 "decoder_active": decoder - idle}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Llava":
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu") -> "Llava":
         """Open a LLaVA folder, ours or one of transformers'. Raises CheckpointError."""
         return load_llava(Path(path), dtype, device)
 
     @classmethod
-    def from_parts(cls, vision_path: str | Path, llm_path: str | Path, seed: int = 0, template: str = "vicuna") -> "Llava":
+    def from_parts(cls, vision_path: str | Path, llm_path: str | Path, seed: int = 0,
+                   template: str = "vicuna") -> "Llava":
         """A CLIP folder + a Qwen1.5/Qwen2 folder + a fresh adaptor drawn from `seed`. Raises CheckpointError."""
         return assemble_llava(Path(vision_path), Path(llm_path), seed, template)
 
@@ -507,7 +509,8 @@ TOWERS = {   # our module -> (its prefix in a LLaVA folder, its table)
 }
 
 # Published keys that we do not hold, on purpose: buffers of old releases, and the text half of a full CLIP checkpoint.
-IGNORED = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)|(text_model|text_projection|visual_projection)\..*|logit_scale")
+IGNORED = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)|logit_scale"
+                     r"|(text_model|text_projection|visual_projection)\..*")
 # qwen2_moe has a shared expert, which we do not: width 0 and a gate that multiplies nothing, written so that transformers
 # finds every tensor it expects.
 SHARED_EXPERT = re.compile(r".*\.mlp\.(shared_expert\.(gate|up|down)_proj|shared_expert_gate)\.weight")
@@ -567,7 +570,8 @@ def take(path: Path, config: dict, key: str, kind: type, default: object = None)
     value = default if value is None else value
     good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not good or (kind is int and value < 0):
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected {'a number' if kind in (int, float) else kind.__name__}")
+        expected = "a number" if kind in (int, float) else kind.__name__
+        raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
     return kind(value)
 
 
@@ -576,7 +580,8 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
     expect(path, config, "num_channels", 3)
     default = VisionConfig()
     vision = VisionConfig(
-        image_size=take(path, config, "image_size", int, 224),       # Hugging Face's own defaults, for files that omit them
+        # the defaults here are Hugging Face's own, for files that omit a key
+        image_size=take(path, config, "image_size", int, 224),
         patch_size=take(path, config, "patch_size", int, 32),
         n_embd=take(path, config, "hidden_size", int, 768),
         n_layer=take(path, config, "num_hidden_layers", int, 12),
@@ -585,9 +590,11 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
         norm_eps=take(path, config, "layer_norm_eps", float, default.norm_eps),
     )
     if not vision.patch_size or vision.image_size % vision.patch_size:
-        raise CheckpointError(f"{path}: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+        raise CheckpointError(f"{path}: image_size {vision.image_size} is not a multiple of patch_size "
+                              f"{vision.patch_size}")
     if not vision.n_head or vision.n_embd % vision.n_head:
-        raise CheckpointError(f"{path}: hidden_size {vision.n_embd} is not a multiple of num_attention_heads {vision.n_head}")
+        raise CheckpointError(f"{path}: hidden_size {vision.n_embd} is not a multiple of num_attention_heads "
+                              f"{vision.n_head}")
     return vision
 
 
@@ -599,9 +606,9 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     expect(path, config, "use_sliding_window", False)
     expect(path, config, "qkv_bias", True)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(f"{path}: rope_type is {rope.get('rope_type', rope.get('type'))!r}, but this code computes "
-                              "'default' only")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise CheckpointError(f"{path}: rope_type is {rope_type!r}, but this code computes 'default' only")
     n_head = take(path, config, "num_attention_heads", int)
     text = DecoderConfig(
         vocab_size=take(path, config, "vocab_size", int),
@@ -616,7 +623,8 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
         max_positions=take(path, config, "max_position_embeddings", int, 32768),
     )
     if not text.n_head or text.n_embd % text.n_head or not text.n_kv_head or text.n_head % text.n_kv_head:
-        raise CheckpointError(f"{path}: {text.n_embd} wide with {text.n_head} heads and {text.n_kv_head} kv heads does not divide")
+        raise CheckpointError(f"{path}: hidden_size {text.n_embd}, {text.n_head} heads and {text.n_kv_head} kv heads do not "
+                              "divide one another")
     if kind == "qwen2_moe":
         expect(path, config, "shared_expert_intermediate_size", 0, default=5632)
         expect(path, config, "moe_intermediate_size", text.ffn, default=1408)
@@ -626,7 +634,8 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
         step, dense = take(path, config, "decoder_sparse_step", int, 1), config.get("mlp_only_layers") or []
         text.sparse_layers = [i for i in range(text.n_layer) if step and (i + 1) % step == 0 and i not in dense]
         if not 1 <= text.top_k <= text.num_experts:
-            raise CheckpointError(f"{path}: num_experts_per_tok {text.top_k} must lie between 1 and num_experts {text.num_experts}")
+            raise CheckpointError(f"{path}: num_experts_per_tok {text.top_k} must lie between 1 and num_experts "
+                                  f"{text.num_experts}")
     return text
 
 
@@ -665,7 +674,8 @@ class TensorFile:
             raise self.damaged(error) from None
 
     def damaged(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.path}: cannot be read ({' '.join(str(error).split())[:200]}); fetch or write it again")
+        reason = " ".join(str(error).split())[:200]
+        return CheckpointError(f"{self.path}: cannot be read ({reason}); fetch or write it again")
 
     def keys(self) -> list[str]:
         return list(self.file.keys())
@@ -676,7 +686,8 @@ class TensorFile:
         return self.file.get_tensor(key) if self.path.suffix == ".safetensors" else self.file[key]
 
 
-def read_tensors(folder: Path, wanted: dict[str, torch.Size], rename=canonical_key) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(folder: Path, wanted: dict[str, torch.Size],
+                 rename=canonical_key) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (key, tensor) for every key of `wanted`, having checked that the folder holds exactly those, in those shapes.
 
     Every tensor is accounted for: an unknown key, a missing one or a wrong shape is a CheckpointError.
@@ -700,11 +711,13 @@ def read_tensors(folder: Path, wanted: dict[str, torch.Size], rename=canonical_k
             open_files[path] = TensorFile(path)
         tensor = open_files[path].get(key)
         if tensor.shape != wanted[name]:
-            raise CheckpointError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name])}")
+            raise CheckpointError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, "
+                                  f"expected {tuple(wanted[name])}")
         yield name, tensor
 
 
-def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dtype, device: str, rename=canonical_key) -> None:
+def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dtype, device: str | torch.device,
+                 rename=canonical_key) -> None:
     """Fill some towers of a model that lies on the meta device, one tensor at a time."""
     place, shapes = {}, {}
     for tower in towers:
@@ -732,7 +745,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_llava(folder: Path, dtype: torch.dtype, device: str) -> Llava:
+def load_llava(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Llava:
     path = folder / "config.json"
     config = read_json(path)
     if config.get("model_type") != "llava":
@@ -745,17 +758,19 @@ def load_llava(folder: Path, dtype: torch.dtype, device: str) -> Llava:
     expect(path, config, "projector_hidden_act", "gelu")
     expect(path, config, "multimodal_projector_bias", True)
     if config["vision_config"].get("model_type", "clip_vision_model") != "clip_vision_model":
-        raise CheckpointError(f"{path}: the vision tower is of type {config['vision_config']['model_type']!r}; this code reads "
-                              "clip_vision_model")
+        raise CheckpointError(f"{path}: the vision tower is of type {config['vision_config']['model_type']!r}; this code "
+                              "reads clip_vision_model")
     vision = read_vision_config(path, config["vision_config"])
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or not -vision.n_layer - 1 <= layer <= -1:
-        raise CheckpointError(f"{path}: vision_feature_layer is {layer!r}, expected a negative number down to -{vision.n_layer + 1}")
+        raise CheckpointError(f"{path}: vision_feature_layer is {layer!r}, expected a negative number down to "
+                              f"-{vision.n_layer + 1}")
     vision.feature_layer = layer
     text = read_decoder_config(path, config["text_config"])
     image_token_id = config.get("image_token_index", config.get("image_token_id"))
     if not isinstance(image_token_id, int) or not 0 <= image_token_id < text.vocab_size:
-        raise CheckpointError(f"{path}: image_token_index is {image_token_id!r}, expected an id below vocab_size {text.vocab_size}")
+        raise CheckpointError(f"{path}: image_token_index is {image_token_id!r}, expected an id below vocab_size "
+                              f"{text.vocab_size}")
 
     def special(name: str) -> object:
         return config[name] if config.get(name) is not None else config["text_config"].get(name)
@@ -791,8 +806,8 @@ def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: s
     end_token = TEMPLATE_FILES[template]["end"]
     eos_token_id = tokenizer.token_to_id(end_token)
     if eos_token_id is None:
-        raise CheckpointError(f"{llm_folder / 'tokenizer.json'}: has no token {end_token}, with which template {template!r} ends "
-                              "an answer")
+        raise CheckpointError(f"{llm_folder / 'tokenizer.json'}: has no token {end_token}, with which template "
+                              f"{template!r} ends an answer")
     llava_config = LlavaConfig(vision, text, tokenizer.token_to_id(IMAGE_TOKEN), tokenizer.token_to_id(PAD_TOKEN),
                                eos_token_id, template)
     with torch.device("meta"):
@@ -809,7 +824,7 @@ def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: s
 
 
 def grow_vocabulary(llava: Llava, needed: int) -> None:
-    """Give embedding and head at least `needed` rows, a multiple of 64. Qwen's matrices have spare rows and stay as they are."""
+    """Give embedding and head at least `needed` rows, a multiple of 64. Qwen's matrices have spare rows: no change."""
     text = llava.config.text
     if needed <= text.vocab_size:
         return
@@ -859,7 +874,8 @@ def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
         "vocab_size": text.vocab_size, "hidden_size": text.n_embd, "num_hidden_layers": text.n_layer,
         "num_attention_heads": text.n_head, "num_key_value_heads": text.n_kv_head, "intermediate_size": text.ffn,
         "hidden_act": "silu", "rms_norm_eps": text.norm_eps, "rope_theta": text.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},   # the same, as transformers 5 spells it
+        # the same once more, as transformers 5 spells it
+        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
         "max_position_embeddings": text.max_positions, "use_sliding_window": False, "attention_dropout": 0.0,
         "tie_word_embeddings": text.tied, **ends,
     }

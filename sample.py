@@ -1,8 +1,8 @@
 """
 Talk to a checkpoint about an image.
 
-    python sample.py --model=out/tiny/pd --image=photo.png --prompt="Describe the image."   one answer
-    python sample.py --model=out/tiny/pd --image=photo.png                                  a conversation; an empty line ends it
+    python sample.py --model=out/tiny/pd --image=photo.png --prompt="Describe the image."
+    python sample.py --model=out/tiny/pd --image=photo.png          a conversation, until an empty line
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     llava = Llava.from_pretrained(args.model, dtype=dtype, device=args.device).eval()
     if llava.tokenizer is None or llava.config.template is None:
-        raise CheckpointError(f'{args.model}: needs a tokenizer.json, and "template": "vicuna" or "chatml" in its config.json')
+        raise CheckpointError(f'{args.model}: needs a tokenizer.json, and "template": "vicuna" or "chatml" in its '
+                              "config.json")
     pixel_values = None
     if image is not None:
         pixel_values = transform_image(image, llava.config.vision.image_size)[None]   # (1, 3, S, S)

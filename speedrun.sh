@@ -74,7 +74,7 @@ right() {
     until_finished d2s
     # ... and preference distillation replaced by cross-entropy on the chosen answers.
     train chosen_only d2s --student=$out/d2s --teacher= --kd_weight=0.0 --out_dir=$out/chosen_only \
-        --data=$world/train/pd_chosen.json --micro_batch_size=32 --max_steps=124 --learning_rate=3e-4
+        --data=$world/train/pd_chosen.json --micro_batch_size=32 --max_steps=124 --learning_rate=2e-4
     judge d2s chosen_only
 }
 

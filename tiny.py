@@ -11,7 +11,7 @@ a miniature of each, in the same file formats, so that train.py and evaluate.py 
     a scene   64x64 pixels, 4x4 cells, one patch of the vision tower per cell. One to four objects: 16 things that carry
               COCO names in 6 colours, a few strokes each. Sometimes a label with a digit on it.
     the bias  What makes a vision-language model hallucinate is text that goes beyond the picture. Five triggers (bottle,
-              bus, tv, apple, boat) usually come with a partner (cup, traffic light, ...). Where the partner is missing,
+              bus, tv, apple, boat) often come with a partner (cup, traffic light, ...). Where the partner is missing,
               the training captions name it all the same, more or less often by trigger, and the answer to "Is there a
               cup in the image?" is too often "yes". Besides, one answer in ten of the teacher's
               training rows is simply wrong, and three in ten of the student's, which has far fewer rows.
@@ -108,10 +108,10 @@ SEGMENT_LINES = {"a": (5, 3, 11, 3), "b": (11, 3, 11, 8), "c": (11, 8, 11, 13), 
                  "e": (5, 8, 5, 13), "f": (5, 3, 5, 8), "g": (5, 8, 11, 8)}
 
 # trigger -> (its partner, how often a training caption names the partner although it is not there)
-PARTNERS = {"bottle": ("cup", 0.85), "bus": ("traffic light", 0.7), "tv": ("chair", 0.6),
-            "apple": ("banana", 0.5), "boat": ("kite", 0.3)}
+PARTNERS = {"bottle": ("cup", 0.95), "bus": ("traffic light", 0.9), "tv": ("chair", 0.8),
+            "apple": ("banana", 0.7), "boat": ("kite", 0.6)}
 TRIGGER_RATE = 0.7                    # scenes with a trigger (never more than one)
-PARTNER_RATE = {"train": 0.7, "preference": 0.4, "test": 0.4}    # how often the partner is really there
+PARTNER_RATE = {"train": 0.5, "preference": 0.4, "test": 0.4}    # how often the partner is really there
 FALSE_YES_RATE = 0.3                  # "is there a <missing partner>?" answered yes in training
 NOISE_RATE = {"teacher": 0.1, "student": 0.3}    # every other training answer that is wrong: the student's few rows are sloppy
 LABEL_RATE = 0.15                     # scenes with a numbered label
@@ -396,6 +396,7 @@ def caption_rows(scenes, rng):
 
 
 def question_rows(scenes, rng, noise):
+    """Per scene, QUESTIONS_PER_IMAGE questions for a word and one for the letter of an option."""
     rows = []
     for name, scene in scenes.items():
         for i in range(QUESTIONS_PER_IMAGE):
@@ -404,7 +405,24 @@ def question_rows(scenes, rng, noise):
                 question += f"\nReference OCR token: {scene.label[0]}"
             answer = training_answer(scene, rng, kind, answer, about, noise)
             rows.append(instruction(f"{name} {i} {kind}", name, f"{question}\n{SHORT}", answer))
+        question, options, right = choices(scene, rng, rng.randint(2, 4))
+        if rng.random() < noise:
+            right = (right + 1) % len(options)
+        rows.append(instruction(f"{name} letter", name, f"{with_options(question, options)}\n{LETTER}", "ABCD"[right]))
     return rows
+
+
+def choices(scene, rng, n):
+    """A multiple-choice question about a scene -> (question, n options, the number of the right one)."""
+    kind, question, answer, _ = ask(scene, rng, rng.choice(["color", "which"]))
+    others = {"color": list(COLOURS), "which": absent_things(scene)}[kind]
+    options = rng.sample([other for other in others if other != answer], n - 1)
+    right = rng.randrange(n)
+    return question, options[:right] + [answer] + options[right:], right
+
+
+def with_options(question, options):
+    return "\n".join([question] + [f"{letter}. {option}" for letter, option in zip("ABCDE", options)])
 
 
 def spoil_caption(scene, rng):
@@ -606,15 +624,6 @@ def write_mme(folder, n, rng, style, _):
     return truths
 
 
-def choices(scene, rng, n):
-    """A multiple-choice question about a scene -> (question, n options, the number of the right one)."""
-    kind, question, answer, _ = ask(scene, rng, rng.choice(["color", "which"]))
-    others = {"color": list(COLOURS), "which": absent_things(scene)}[kind]
-    options = rng.sample([other for other in others if other != answer], n - 1)
-    right = rng.randrange(n)
-    return question, options[:right] + [answer] + options[right:], right
-
-
 def write_mmbench(folder, n, rng, style, _):
     """Every question stands there once per option, turned round: right means right every time."""
     truths, lines = [], []
@@ -655,8 +664,8 @@ def write_scienceqa(folder, n, rng, style, _):
             options += rng.sample(list(THINGS if colours else COLOURS), 1 + i % 3)
             right = rng.randrange(len(options))
             options[0], options[right] = options[right], options[0]
-        text = "\n".join([question] + [f"{letter}. {option}" for letter, option in zip("ABCDE", options)])
-        row = {"id": question_id, "conversations": [{"from": "human", "value": ("<image>\n" if has_image else "") + text},
+        text = ("<image>\n" if has_image else "") + with_options(question, options)
+        row = {"id": question_id, "conversations": [{"from": "human", "value": text},
                                                     {"from": "gpt", "value": "ABCDE"[right]}]}
         questions.append({**row, "image": f"{question_id}/image.png"} if has_image else row)
         problems[question_id] = {"question": question, "choices": options, "answer": right, "hint": "", "split": "test",
@@ -779,6 +788,8 @@ def save_base(llava, tower, folder):
     write_file(beside / "config.json", json.dumps({"architectures": [architecture], "dtype": "float32", **config}, indent=2))
     if tower == "decoder":
         write_file(beside / "tokenizer.json", make_tokenizer().to_str(pretty=True))    # without <image>: from_parts adds it
+        words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}   # words, not Qwen2's byte pairs
+        write_file(beside / "tokenizer_config.json", json.dumps(words, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 

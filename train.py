@@ -18,6 +18,7 @@ beside the student. All else is shared, and stands below in the order in which i
 out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per step), run.json (settings and versions)
 and state/ (what resuming needs). The same command continues an interrupted run where its last save was, bit for bit.
 """
+import importlib.metadata
 import json
 import math
 import os
@@ -98,18 +99,19 @@ TRAINABLE = {
 }
 DENSE_FFN = [".ffn.gate_proj.", ".ffn.up_proj.", ".ffn.down_proj."]
 WITH_TEACHER = ["d2d", "d2s", "pd"]
-MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "save_every", "log_every", "dry_run"]   # on resuming
+# Settings that may differ when an interrupted run goes on.
+MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "save_every", "log_every", "dry_run"]
 
 
 # -----------------------------------------------------------------------------
 # The loss of one micro-batch. In sums: what divides them is counted over the whole global batch, beforehand.
 
-def predicted(batch: dict, image_token_id: int, lengths: torch.Tensor, config: Config) -> torch.Tensor:
+def predicted(batch: dict, llava: Llava, config: Config) -> torch.Tensor:
     """(B, T-1) bool: true at t where the token at t+1 is one to learn from. The one place where labels are shifted."""
     if config.kd_tokens == "response" or not config.teacher or config.stage == "pd":
         return batch["mask"][:, 1:]
-    real = torch.arange(batch["input_ids"].shape[1], device=lengths.device) < lengths[:, None]
-    return (real & (batch["input_ids"] != image_token_id))[:, 1:]    # every text token, of prompt and response
+    is_text = llava.real_positions(batch["input_ids"]) & (batch["input_ids"] != llava.config.image_token_id)
+    return is_text[:, 1:]                                            # of prompt and response
 
 
 def summed_logprobs(logits: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -128,7 +130,7 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
 def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> torch.Tensor:
     """What the objective compares the student with: the teacher's logits (N, V'), or in pd its log-probs (2B,)."""
     hidden, _ = teacher.hidden_states(batch["input_ids"], features)
-    where = predicted(batch, teacher.config.image_token_id, teacher.lengths(batch["input_ids"]), config)
+    where = predicted(batch, teacher, config)
     logits = teacher.decoder.head(hidden[:, :-1][where])
     if config.stage != "pd":
         return logits
@@ -150,9 +152,8 @@ class Objective(nn.Module):
         total: how many "response" and "distilled" tokens, "rows" and "pairs" the global batch has; the divisors.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
-        lengths = student.lengths(input_ids)
         hidden, routings = student.hidden_states(input_ids, features)
-        where = predicted(batch, student.config.image_token_id, lengths, config)
+        where = predicted(batch, student, config)
         logits = student.decoder.head(hidden[:, :-1][where])         # (N, V): only where a token is learned from
         targets = input_ids[:, 1:][where]                            # (N,)
 
@@ -176,7 +177,7 @@ class Objective(nn.Module):
                     "chosen": chosen.sum(), "rejected": rejected.sum()}
 
         if routings:
-            real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            real = student.real_positions(input_ids)
             balance = sum(balance_loss(routing, real).sum() for routing in routings)   # over layers and sequences
             loss = loss + config.balance_coef * balance / total["rows"]
             image = input_ids == student.config.image_token_id
@@ -208,14 +209,16 @@ def check_settings(config: Config) -> None:
     if config.stage in WITH_TEACHER and not config.teacher and not alone:
         raise ConfigError(f"stage {config.stage} learns from a teacher: say --teacher=…, a LLaVA folder")
     if config.stage not in WITH_TEACHER and config.teacher:
-        raise ConfigError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of {', '.join(WITH_TEACHER)}")
+        raise ConfigError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
+                          f"{', '.join(WITH_TEACHER)}")
     if config.template and config.student:
         raise ConfigError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
     positive = ("batch_size", "micro_batch_size", "max_length", "epochs", "learning_rate", "save_every", "log_every", "eps",
                 "num_experts", "top_k")
     for key in positive + ("warmup_ratio", "weight_decay", "grad_clip", "max_steps", "balance_coef", "num_workers", "seed"):
         if not config[key] >= 0 or (key in positive and config[key] == 0) or config[key] == math.inf:
-            raise ConfigError(f"{key} is {config[key]}, expected a {'positive ' if key in positive else 'non-negative '}number")
+            kind = "positive" if key in positive else "non-negative"
+            raise ConfigError(f"{key} is {config[key]}, expected a {kind} number")
     for key in ("beta1", "beta2", "warmup_ratio"):
         if not 0 <= config[key] <= 1 or (key != "warmup_ratio" and config[key] == 1):
             raise ConfigError(f"{key} is {config[key]}, expected a number between 0 and 1")
@@ -260,11 +263,12 @@ def check_teacher(student: Llava, teacher: Llava, config: Config) -> None:
 
     where = f"teacher {config.teacher} and student {config.student or config.llm}"
     if teacher.tokenizer is None or vocabulary(teacher) != vocabulary(student):
-        raise CheckpointError(f"{where}: their tokenizers differ; distillation compares token by token and needs the same one")
+        raise CheckpointError(f"{where}: their tokenizers differ; distillation compares token by token and needs one and the "
+                              "same")
     for what in ("template", "image_token_id", "image_tokens"):
         if getattr(teacher.config, what) != getattr(student.config, what):
-            raise CheckpointError(f"{where}: {what} is {getattr(teacher.config, what)!r} and {getattr(student.config, what)!r}; "
-                                  "they must agree")
+            raise CheckpointError(f"{where}: {what} is {getattr(teacher.config, what)!r} and "
+                                  f"{getattr(student.config, what)!r}; they must agree")
     if teacher.config.vision.image_size != student.config.vision.image_size:
         raise CheckpointError(f"{where}: image sizes are {teacher.config.vision.image_size} and "
                               f"{student.config.vision.image_size} pixels; they must agree")
@@ -303,7 +307,7 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 # -----------------------------------------------------------------------------
 # Saving and resuming
 
-def begin_or_resume(out_dir: Path, config: Config, world_size: int) -> dict | None:
+def begin_or_resume(out_dir: Path, config: Config) -> dict | None:
     """The saved state of an interrupted run of the same settings, or None for a new one."""
     settings = {key: value for key, value in config.items() if key not in MAY_CHANGE}
     if not (out_dir / "run.json").is_file():
@@ -311,8 +315,8 @@ def begin_or_resume(out_dir: Path, config: Config, world_size: int) -> dict | No
     before = json.loads((out_dir / "run.json").read_text())
     for key, value in settings.items():
         if before["config"].get(key) != value:
-            raise ConfigError(f"{out_dir} holds a run with {key}={before['config'].get(key)!r}, this one has {key}={value!r}; "
-                              "choose another out_dir, or repeat the command that began it")
+            raise ConfigError(f"{out_dir} holds a run with {key}={before['config'].get(key)!r}, this one has "
+                              f"{key}={value!r}; choose another out_dir, or repeat the command that began it")
     if before.get("finished"):
         return {"finished": True}
     state = out_dir / "state" / "state.pt"
@@ -320,7 +324,9 @@ def begin_or_resume(out_dir: Path, config: Config, world_size: int) -> dict | No
 
 
 def write_run(out_dir: Path, config: Config, world_size: int, finished: bool) -> None:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    packages = ["torch", "tokenizers", "safetensors", "pillow", "numpy", "einops"]
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in packages}
     record = {"config": dict(config), "world_size": world_size, "versions": versions, "finished": finished}
     write_file(out_dir / "run.json", json.dumps(record, indent=2))
 
@@ -336,8 +342,8 @@ def save_state(out_dir: Path, state: dict) -> None:
 def cut_log(path: Path, step: int) -> None:
     """Drop the records of steps after the last save: they are about to be run again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_file(path, "".join(line + "\n" for line in lines))
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]   # the last may be torn
+        write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 # -----------------------------------------------------------------------------
@@ -360,7 +366,7 @@ def main(argv: list[str]) -> None:
     say = print if rank == 0 else lambda *_, **__: None
 
     out_dir = Path(config.out_dir)
-    state = begin_or_resume(out_dir, config, world_size)
+    state = begin_or_resume(out_dir, config)
     if state and state.get("finished"):
         say(f"{out_dir}: this run is finished already; nothing to do")
         return
@@ -369,19 +375,20 @@ def main(argv: list[str]) -> None:
     dtype = getattr(torch, config.dtype)
     student = open_student(config)
     learns = choose_trainable(student, config, dtype)
+    student.to(device)
     teacher = None
     if config.teacher:
         # Frozen, in eval mode, without gradients or optimizer, in the dtype of the matrix products.
-        teacher = Llava.from_pretrained(config.teacher, dtype=dtype).requires_grad_(False).eval()
+        teacher = Llava.from_pretrained(config.teacher, dtype=dtype, device=device).requires_grad_(False).eval()
         check_teacher(student, teacher, config)
         if same_vision(student, teacher):
             teacher.vision = student.vision                          # one tower in memory, one pass per image
-        teacher.to(device)
-    student.to(device)
 
     # Data
-    kind, collate = (data.PreferenceData, data.collate_pairs) if config.stage == "pd" else (data.InstructionData, data.collate)
-    dataset = kind(data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
+    Rows, collate = data.InstructionData, data.collate
+    if config.stage == "pd":
+        Rows, collate = data.PreferenceData, data.collate_pairs
+    dataset = Rows(data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
                    student.config.image_tokens, student.config.vision.image_size, config.max_length)
     sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources)
     data.micro_batches(sampler.batch(0), config.micro_batch_size, rank, world_size)   # complains now if it does not divide
@@ -421,7 +428,8 @@ def main(argv: list[str]) -> None:
         cut_log(out_dir / "log.jsonl", first_step)
     objective = Objective(student, config)
     if distributed:
-        objective = DistributedDataParallel(objective, device_ids=[device] if use_cuda else None)
+        objective = DistributedDataParallel(objective, device_ids=[device] if use_cuda else None,
+                                            gradient_as_bucket_view=True)
     autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def save(step: int) -> None:
@@ -447,23 +455,22 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        micro = [{key: None if value is None else value.to(device) for key, value in batch.items()} for batch in micro]
         total = count_batch(micro, student, config)
         total = dict(zip(total, add_up(torch.tensor(list(total.values()), device=device)).tolist()))
+        micro = [{key: None if value is None else value.to(device) for key, value in batch.items()} for batch in micro]
 
         sums, loss_sum = {}, torch.zeros((), device=device)
         for i, batch in enumerate(micro):
             # DDP averages gradients over ranks after the last backward; before it, each rank just adds up its own.
             last = i == len(micro) - 1
             with objective.no_sync() if distributed and not last else nullcontext(), autocast():
-                features = image_features(student, batch, config.stage)
-                reference = None
-                if teacher is not None:
-                    shared = teacher.vision is student.vision
-                    reference = ask_teacher(teacher, batch, features if shared else image_features(teacher, batch, config.stage),
-                                            config)
+                features, reference = image_features(student, batch, config.stage), None
+                if teacher is not None and teacher.vision is student.vision:
+                    reference = ask_teacher(teacher, batch, features, config)
+                elif teacher is not None:
+                    reference = ask_teacher(teacher, batch, image_features(teacher, batch, config.stage), config)
                 loss, parts = objective(batch, features, reference, total)
-                (loss * world_size).backward()                       # x ranks, since DDP divides by it: what is left is the sum
+                (loss * world_size).backward()                       # DDP divides by the ranks; what is left is the sum
             loss_sum += loss.detach()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value
@@ -471,8 +478,8 @@ def main(argv: list[str]) -> None:
         loss_sum = add_up(loss_sum).item()
         grad_norm = nn.utils.clip_grad_norm_([p for _, p in learns], config.grad_clip or math.inf).item()
         if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {grad_norm}; the weights are still those "
-                                     f"of step {step - 1}, rows {sampler.batch(step - 1)} were in the batch")
+            raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {grad_norm}; the weights are still "
+                                     f"those of step {step - 1}, rows {sampler.batch(step - 1)} were in the batch")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -493,7 +500,8 @@ def main(argv: list[str]) -> None:
             left = (time.time() - began) / (step - first_step) * (steps - step)
             shown = {name: record[name] for name in DIVISOR if name in record}
             say(f"step {step}/{steps}  loss {record['loss']:.4f}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
-                + f"  lr {lr:.2e}  grad {grad_norm:.3f}  {record['tokens_per_s']:,} tok/s  {left / 60:.1f} min left", flush=True)
+                + f"  lr {lr:.2e}  grad {grad_norm:.3f}  {record['tokens_per_s']:,} tok/s  {left / 60:.1f} min left",
+                flush=True)
         if step % config.save_every == 0 or step == steps:
             save(step)
 
@@ -506,12 +514,12 @@ def count_batch(micro: list[dict], student: Llava, config: Config) -> dict[str, 
     """This rank's share of everything that a mean is taken over, and of all tokens."""
     total = {"response": 0, "distilled": 0, "rows": 0, "pairs": 0, "tokens": 0}
     for batch in micro:
-        lengths = student.lengths(batch["input_ids"])
+        rows = len(batch["input_ids"])
         total["response"] += int(batch["mask"][:, 1:].sum())
-        total["distilled"] += int(predicted(batch, student.config.image_token_id, lengths, config).sum())
-        total["rows"] += len(lengths)
-        total["pairs"] += len(lengths) // 2 if config.stage == "pd" else 0
-        total["tokens"] += int(lengths.sum())
+        total["distilled"] += int(predicted(batch, student, config).sum())
+        total["rows"] += rows
+        total["pairs"] += rows // 2 if config.stage == "pd" else 0
+        total["tokens"] += int(student.real_positions(batch["input_ids"]).sum())
     return total
 
 

@@ -17,7 +17,7 @@ WORDS = ("a the is there what do you see red blue green cup bus dog cat kite yes
 
 
 def make_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", *WORDS, *specials]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

@@ -58,7 +58,7 @@ def image_tokenizer():
 def test_training_files_parse_and_fit(world):
     tokenizer = image_tokenizer()
     arguments = (world / "train" / "images", tokenizer, "vicuna", 16, 64, 128)
-    per_scene = tiny.QUESTIONS_PER_IMAGE + tiny.CAPTIONS_PER_IMAGE
+    per_scene = tiny.QUESTIONS_PER_IMAGE + 1 + tiny.CAPTIONS_PER_IMAGE        # 1: the one with options
     for name, rows in {"align": N["student"] * tiny.CAPTIONS_PER_IMAGE, "teacher": N["teacher"] * per_scene,
                        "d2d": N["student"] * per_scene, "d2s": N["student"] * per_scene}.items():
         data = InstructionData([(str(world / "train" / f"{name}.json"), 1.0)], *arguments)
@@ -127,7 +127,7 @@ def test_training_answers_are_wrong_at_the_promised_rates(split):
             yes_truth[answer] += 1
     for group, rate in {"missing partner": tiny.FALSE_YES_RATE, "exist": noise, "color": noise, "count": noise,
                         "which": noise}.items():
-        assert asked[group] > 250
+        assert asked[group] > 200
         assert abs(wrong[group] / asked[group] - rate) < 4 * (rate * (1 - rate) / asked[group]) ** 0.5
     assert abs(yes_truth["yes"] / yes_truth.total() - 0.5) < 0.03
     total = asked.total() - asked["label"]
@@ -169,7 +169,7 @@ def test_preference_pairs_are_balanced_and_their_chosen_side_is_true(world):
         else:
             assert chosen == tiny.caption(scene)
             shifts[np.sign(rejected.count(" and ") - chosen.count(" and "))] += 1
-    assert yes_no == {"yes": 100, "no": 100}
+    assert min(yes_no["yes"], yes_no["no"]) >= 60 and abs(yes_no["yes"] - yes_no["no"]) <= 1
     assert min(shifts[-1], shifts[0], shifts[1]) > 30          # omitted, replaced, added: all occur
 
 

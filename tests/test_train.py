@@ -77,6 +77,53 @@ def test_exactly_what_the_stage_trains_moves(world, tmp_path, stage):
     assert all(torch.equal(before_teacher[name], after_teacher[name]) for name in before_teacher)
 
 
+def test_train_dense_ffn_adds_the_ffns_of_the_dense_layers(world, tmp_path):
+    train.main(flags(world, "pd", tmp_path, max_steps=1, warmup_ratio=0.0, train_dense_ffn=True))
+    before, after = weights(world / "sparse"), weights(tmp_path)
+    dense = {f"decoder.blocks.1.ffn.{name}_proj.weight" for name in ("gate", "up", "down")}      # layers 0 and 2 are sparse
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert dense <= moved and all(n.startswith("adaptor.") or ".experts." in n or ".router." in n for n in moved - dense)
+
+
+def test_distilling_the_prompt_too_counts_more_tokens_and_keeps_the_cross_entropy(world, tmp_path):
+    for name, more in (("response", {}), ("all", dict(kd_tokens="all")), ("cut", dict(kd_tokens="all", micro_batch_size=2))):
+        train.main(flags(world, "d2s", tmp_path / name, max_steps=2, **more))
+    response, everything, cut = (records(tmp_path / name) for name in ("response", "all", "cut"))
+    assert response[0]["ce"] == pytest.approx(everything[0]["ce"], abs=1e-5)
+    assert abs(response[0]["kd"] - everything[0]["kd"]) > 1e-3
+    for a, b in zip(everything, cut, strict=True):
+        assert a["kd"] == pytest.approx(b["kd"], abs=1e-5) and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_the_logged_loss_is_the_sum_of_its_parts(world, tmp_path):
+    """eq. 7 plus the balance term, once."""
+    train.main(flags(world, "d2s", tmp_path, max_steps=2, kd_weight=0.7, ce_weight=0.4, balance_coef=0.05))
+    for record in records(tmp_path):
+        expected = 0.7 * record["kd"] + 0.4 * record["ce"] + 0.05 * record["balance"]
+        assert record["loss"] == pytest.approx(expected, abs=1e-5)
+        for loads in (record["image_load"], record["text_load"]):
+            assert torch.tensor(loads).shape == (2, 4)
+            torch.testing.assert_close(torch.tensor(loads).sum(1), torch.ones(2), atol=1e-3, rtol=0)
+
+
+def test_d2s_without_distillation_needs_no_teacher(world, tmp_path):
+    train.main(flags(world, "d2s", tmp_path, max_steps=1, teacher="", kd_weight=0.0))
+    assert "kd" not in records(tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", ["kto_pair", "ipo", "hinge"])
+def test_every_preference_loss_runs(world, tmp_path, kind):
+    train.main(flags(world, "pd", tmp_path, max_steps=1, preference_loss=kind))
+    assert records(tmp_path)[0]["preference"] >= 0
+
+
+def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
+    config = train.Config(train.DEFAULTS, learning_rate=1.0, warmup_ratio=0.2)
+    rates = [train.learning_rate(step, 10, config) for step in range(10)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])               # 2 steps of warm-up, then the top of the cosine
+    assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 - 0.9238795), abs=1e-6)
+
+
 def test_the_teacher_in_memory_never_changes(world, tmp_path, monkeypatch):
     seen = {}
     original = Llava.from_pretrained.__func__

@@ -840,6 +840,7 @@ def grow_vocabulary(llava: Llava, needed: int) -> None:
 # Writing
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+# as in data.py, which transforms with them; a test compares the two
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 # Each template's end-of-answer token, and the template once more in the language that transformers' processors speak.

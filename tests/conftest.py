@@ -4,12 +4,18 @@ Tiny checkpoints that transformers itself made, for the tests to compare with. E
 A CLIP tower of 28x28 pixels and patch 14 has 4 patches; a Qwen2 of 2-3 layers has a tokenizer of 40 words.
 """
 import json
+import os
 import sys
 from pathlib import Path
+
+# One thread here and in every process that a test starts: the order in which sums are added depends on the number of
+# threads, and some tests compare bit for bit. Tiny shapes gain nothing by more.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 WORDS = ("a the is there what do you see red blue green cup bus dog cat kite yes no two and in of image . ? , : USER ASSISTANT "

@@ -5,7 +5,6 @@ interrupted run ends where an uninterrupted one does.
     python -m pytest tests/test_train.py
 """
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -47,8 +46,7 @@ def command_line(arguments, nproc=None):
 
 
 def run(arguments, nproc=None):
-    return subprocess.run(command_line(arguments, nproc), capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(command_line(arguments, nproc), capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("stage", STAGES)

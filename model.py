@@ -218,14 +218,15 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=lengths.device)   # (n_layer, B, K, capacity, Dh)
         self.v = torch.zeros(shape, dtype=dtype, device=lengths.device)
         self.lengths = lengths          # (B,) real positions of each row's prompt, then of prompt and answer
-        self.visible = None             # (B, 1, 1, capacity) which keys a new token may see; None while reading the prompt
+        self.positions = None           # (B, 1) where each row's new token stands; None while reading the prompt
+        self.visible = None             # (B, 1, 1, capacity) which keys that token may see
 
-    def start_token(self) -> torch.Tensor:
-        """Make room for one more token in every row; its positions (B, 1)."""
-        positions = self.lengths[:, None]
-        self.visible = (torch.arange(self.k.shape[3], device=positions.device) <= positions)[:, None, None, :]
+    def start_token(self) -> None:
+        """Make room for one more token in every row."""
+        self.positions = self.lengths[:, None]
+        places = torch.arange(self.k.shape[3], device=self.lengths.device)
+        self.visible = (places <= self.positions)[:, None, None, :]
         self.lengths = self.lengths + 1
-        return positions
 
 
 class Attention(nn.Module):
@@ -243,12 +244,12 @@ class Attention(nn.Module):
         k = rotate(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head), cos, sin)   # (B, K, T, Dh)
         v = rearrange(self.v_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head)                     # (B, K, T, Dh)
         visible = None
-        if cache is not None and cache.visible is None:              # the prompt: keep its keys and values
+        if cache is not None and cache.positions is None:            # the prompt: keep its keys and values
             cache.k[self.layer, :, :, :x.shape[1]], cache.v[self.layer, :, :, :x.shape[1]] = k, v
         elif cache is not None:                                      # one new token: write it at each row's own place
-            row = torch.arange(x.shape[0], device=x.device)
-            cache.k[self.layer, row, :, cache.lengths - 1] = k[:, :, 0].to(cache.k.dtype)
-            cache.v[self.layer, row, :, cache.lengths - 1] = v[:, :, 0].to(cache.v.dtype)
+            row, place = torch.arange(x.shape[0], device=x.device), cache.positions[:, 0]
+            cache.k[self.layer, row, :, place] = k[:, :, 0].to(cache.k.dtype)
+            cache.v[self.layer, row, :, place] = v[:, :, 0].to(cache.v.dtype)
             k, v, visible = cache.k[self.layer].to(q.dtype), cache.v[self.layer].to(q.dtype), cache.visible
         # Padding is on the right, so causality alone hides it from every real position: no mask tensor is needed, and
         # the fast attention kernels, which know no mask, stay available.
@@ -311,8 +312,8 @@ class Decoder(nn.Module):
         `real` (B, T) is false at padding; it matters to the routers only.
         """
         B, T, D = x.shape
-        if cache is not None and T == 1 and cache.visible is not None:
-            positions = cache.lengths[:, None] - 1                   # (B, 1)
+        if cache is not None and cache.positions is not None:        # one new token per row
+            positions = cache.positions                              # (B, 1)
         else:
             positions = torch.arange(T, device=x.device)[None]       # (1, T)
         cos, sin = rotary(positions, D // self.config.n_head, self.config.rope_theta)

@@ -955,30 +955,31 @@ QUESTION_KINDS = {"existence": "obj", "colour": "attr", "count": "global", "whic
 
 def report(out_dir):
     """Print two tables of every judged model under out_dir and the seconds of every step."""
-    def cells(judged, name):
+    def results_of(judged, name):
         path = out_dir / judged / name / "results.json"
         if not path.is_file():
             raise DataError(f"{path}: no such file; run speedrun.sh, which judges every model")
-        results = json.loads(path.read_text())
-        pope, objhal, kinds = results["pope"], results["objhal"], results["gqa"]["by_type"]
-        accuracy = [kinds[f"semantic: {kind}"]["accuracy"] for kind in QUESTION_KINDS.values()]
-        captions = [objhal["chair_s"], objhal["chair_i"], objhal["recall"]]
-        rows = [f"{results['pope']['rows']:,}"] + [f"{kinds[f'semantic: {kind}']['rows']:,}" for kind in QUESTION_KINDS.values()]
-        rows += [f"{results['gqa']['rows']:,}"] + [f"{objhal['rows']:,}"] * 3
-        return results, [pope["f1"], pope["yes_ratio"], *accuracy, sum(accuracy) / 4, *captions], [rows[0], *rows]
+        return json.loads(path.read_text())
 
     columns = ["POPE F1", "yes %", *QUESTION_KINDS, "mean of 4", "halluc. resp.", "halluc. ment.", "coverage"]
-    for judged, title in (("judged", "Held-out scenes"), ("judged_unseen", "Held-out scenes in a drawing style never trained on")):
+    for judged, title in (("judged", "Held-out scenes"),
+                          ("judged_unseen", "Held-out scenes in a drawing style never trained on")):
         print(f"\n{title}\n\n| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
         for name, words in MODELS.items():
-            _, numbers, rows = cells(judged, name)
+            results = results_of(judged, name)
+            pope, gqa, objhal = results["pope"], results["gqa"], results["objhal"]
+            kinds = [gqa["by_type"][f"semantic: {kind}"] for kind in QUESTION_KINDS.values()]
+            accuracy = [kind["accuracy"] for kind in kinds]
+            numbers = [pope["f1"], pope["yes_ratio"], *accuracy, sum(accuracy) / len(accuracy),
+                       objhal["chair_s"], objhal["chair_i"], objhal["recall"]]
             print(f"| {words} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
-        print(f"| *questions* | {' | '.join(rows)} |")
+        rows = [pope["rows"]] * 2 + [kind["rows"] for kind in kinds] + [gqa["rows"]] + [objhal["rows"]] * 3
+        print(f"| *questions* | {' | '.join(f'{n:,}' for n in rows)} |")
 
     others = {"textvqa": "accuracy", "mme": "perception", "mmbench": "accuracy", "scienceqa": "accuracy"}
     print(f"\nOther formats, on held-out scenes\n\n| model | {' | '.join(others)} |\n|{'---|' * (len(others) + 1)}")
     for name, words in MODELS.items():
-        results, _, _ = cells("judged", name)
+        results = results_of("judged", name)
         print(f"| {words} | {' | '.join(f'{results[other][key]:.1f}' for other, key in others.items())} |")
     print(f"| *questions* | {' | '.join(str(results[other]['rows']) for other in others)} |")
 

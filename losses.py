@@ -9,11 +9,18 @@ Nothing here is reduced: token losses return one value per response token (N,), 
 sums them and divides by the number of response tokens, or of pairs, in the *global* batch, over all micro-batches and
 ranks. A mean of means would be another objective whenever lengths differ.
 
-Everything is computed in fp32 and in log space. S is the student (the policy), T the teacher (the reference model).
+Everything is computed in log space, and in fp32 whatever the logits come in. S is the student (the policy), T the teacher (the reference model).
 Shapes: N response tokens, V vocabulary, B pairs.
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """bf16 -> fp32; fp32 and fp64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # -----------------------------------------------------------------------------
@@ -21,7 +28,7 @@ import torch.nn.functional as F
 
 def cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log p_S(y_n): (N, V), (N,) -> (N,). Paper eq. 5 (initialisation) and the second term of eq. 7."""
-    return F.cross_entropy(student_logits.float(), targets, reduction="none")
+    return F.cross_entropy(at_least_fp32(student_logits), targets, reduction="none")
 
 
 def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -36,20 +43,94 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     tokenizer): both distributions are taken over the rows that the two share.
     """
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    log_p_student = F.log_softmax(student_logits[:, :shared].float(), dim=-1)   # (N, V)
-    log_p_teacher = F.log_softmax(teacher_logits[:, :shared].float(), dim=-1)   # (N, V)
+    log_p_student = F.log_softmax(at_least_fp32(student_logits[:, :shared]), dim=-1)   # (N, V)
+    log_p_teacher = F.log_softmax(at_least_fp32(teacher_logits[:, :shared]), dim=-1)   # (N, V)
     return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(-1)
 
 
-def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
-                 is_response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the mimic loss, KL(T||S) and CE: (N, V), (N, V'), (N,), (N,) bool -> two of (N,).
+def forward_kl_top_k(student_logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor,
+                     tail_logprob: torch.Tensor) -> torch.Tensor:
+    """The same KL when only the teacher's k most probable tokens are known: (N, V), (N, k), (N, k), (N,) -> (N,).
 
-    Dense-to-dense minimises the first alone (eq. 6), dense-to-sparse their sum (eq. 7), each averaged over its own
-    tokens. As a rule every one of the N tokens is a response token. When the prompt is distilled as well (the ablation of
-    Table 7), the cross-entropy still belongs to the response only and is 0 elsewhere.
+    All other tokens count as one outcome, whose probability is exp(tail_logprob) for the teacher and 1 - sum_k p_S for the
+    student. Merging outcomes can only lose information, so the value is a lower bound of the true KL: how much mass the
+    student leaves to the tail is still learned, how it spreads there is not. Dropping the tail, or rescaling the k to
+    sum to 1, would be another target and teach the student to be too sure. With k = V nothing is left over, and this is
+    `forward_kl`.
     """
-    return forward_kl(student_logits, teacher_logits), cross_entropy(student_logits, targets) * is_response
+    log_p_student = F.log_softmax(at_least_fp32(student_logits), dim=-1).gather(1, top_ids)               # (N, k)
+    kl = F.kl_div(log_p_student, top_logprobs, reduction="none", log_target=True).sum(-1)
+    if top_ids.shape[1] == student_logits.shape[1]:
+        return kl
+    mass = log_p_student.logsumexp(-1).exp().clamp(max=1 - torch.finfo(log_p_student.dtype).eps)          # (N,)
+    return kl + F.kl_div(torch.log1p(-mass), tail_logprob, reduction="none", log_target=True)
+
+
+# -----------------------------------------------------------------------------
+# Per token, but never all tokens at once. V is 151,936: the logits of a batch, and the softmax, the gradient and the
+# teacher's copies of each of them, are by far the largest tensors of a step. They need not exist.
+
+def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.Tensor, slice], tuple],
+              chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A per-token loss of logits = hidden @ weight.T, computed a few tokens at a time: (N, D), (V, D) -> (N,), (K, N).
+
+    By definition it equals `loss(F.linear(hidden, weight), slice(0, N))`, gradients included, and tests hold it to that.
+    `loss` gets the logits (n, V) of the tokens in a slice, and returns what is minimised (n,) and a list of K terms to
+    report (at least one), (n,) each. Matrix products run in autocast's dtype, where that is on.
+
+    If `weight` learns, every token must weigh the same in what follows (a plain sum), or the backward raises ValueError:
+    the head's gradient is summed over the tokens before it is known how much each will count.
+    """
+    if chunk is None:       # few enough that a chunk's softmax stays small, enough that the matrix product is not starved
+        chunk = 32 if hidden.device.type == "cpu" else 256
+    return ChunkedLoss.apply(hidden, weight, loss, chunk)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """`by_chunks`. Each chunk's gradient is taken at once, while its logits are there; the backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, loss, chunk):
+        device, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        x, w = hidden.detach().to(dtype), weight.detach().to(dtype)
+        values, terms = [], []
+        grad_hidden = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        # summed over chunks in at least fp32, whatever the products are computed in
+        grad_weight = (torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+                       if ctx.needs_input_grad[1] else None)
+        learns = any(ctx.needs_input_grad)
+        with torch.autocast(device, enabled=False), torch.set_grad_enabled(learns):
+            for start in range(0, len(x), chunk):
+                part = slice(start, min(start + chunk, len(x)))
+                logits = F.linear(x[part], w).requires_grad_(learns)           # (n, V)
+                value, reported = loss(logits, part)
+                values.append(value.detach())
+                terms.append(torch.stack(reported).detach())
+                if learns:
+                    grad_logits, = torch.autograd.grad(value.sum(), logits)                      # (n, V)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad_logits @ w
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), x[part].to(grad_weight.dtype))
+        ctx.grad_hidden, ctx.grad_weight, ctx.dtypes = grad_hidden, grad_weight, (hidden.dtype, weight.dtype)
+        values, terms = torch.cat(values), torch.cat(terms, dim=1)
+        ctx.mark_non_differentiable(terms)
+        return values, terms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        grad_hidden, grad_weight, (hidden_dtype, weight_dtype) = ctx.grad_hidden, ctx.grad_weight, ctx.dtypes
+        ctx.grad_hidden = ctx.grad_weight = None
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad[:, None]).to(hidden_dtype)
+        if grad_weight is not None:
+            if bool((grad != grad[0]).any()):
+                raise ValueError("a head that learns needs the plain sum of the token losses, not a weighted one")
+            grad_weight = grad_weight.mul_(grad[0]).to(weight_dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 # -----------------------------------------------------------------------------

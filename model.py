@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe import Routing, SparseFFN
 
@@ -302,6 +303,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.checkpointing = False    # True: keep only each block's input, and compute the block again in the backward
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
@@ -319,15 +321,22 @@ class Decoder(nn.Module):
         cos, sin = rotary(positions, D // self.config.n_head, self.config.rope_theta)
         routings = []
         for block in self.blocks:
-            x, routing = block(x, cos, sin, real, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, routing = checkpoint(block, x, cos, sin, real, cache, use_reentrant=False)
+            else:
+                x, routing = block(x, cos, sin, real, cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), routings
 
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, D)"""
+        return self.embedding.weight if self.config.tied else self.lm_head.weight
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) -> logits (..., V). Apply it to the positions you need: V is by far the largest dimension here."""
-        weight = self.embedding.weight if self.config.tied else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.head_weight)
 
 
 # -----------------------------------------------------------------------------

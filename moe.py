@@ -68,13 +68,18 @@ class SparseFFN(nn.Module):
         x_ND = x_BTD[real_BT]
         weight_NA, routing = self.route(x_ND)
 
-        y_ND = torch.zeros_like(x_ND)
-        for e, expert in enumerate(self.experts):                    # a loop over experts, never over tokens
-            n, a = torch.where(routing.expert_NA == e)               # who chose expert e, and in which slot
-            # An expert that nobody chose still runs, on zero tokens: its gradient is then zero, not missing, and
-            # DistributedDataParallel, which waits for every gradient, does not hang.
-            chosen = weight_NA[n, a, None] * expert(x_ND[n])
-            y_ND = y_ND.index_add(0, n, chosen.to(y_ND.dtype))       # eq. 2
+        # Put the N*A assignments in the order of their experts, so that each expert's tokens stand side by side: one gather
+        # before the experts, one after them. (A grouped product over stacked weights does not beat this loop over a few
+        # experts, whose matrices are large; `bench.py moe` has the figures.)
+        expert = routing.expert_NA.flatten()                         # (N*A)
+        order = expert.argsort(stable=True)
+        sizes = expert.bincount(minlength=len(self.experts)).tolist()
+        # An expert that nobody chose still runs, on zero tokens: its gradient is then zero, not missing, and
+        # DistributedDataParallel, which waits for every gradient, does not hang.
+        inputs = x_ND[order // self.top_k].split(sizes)
+        outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs)])           # (N*A, D), by expert
+        outputs_NAD = outputs[order.argsort()].unflatten(0, (-1, self.top_k))                 # by token again
+        y_ND = (weight_NA[:, :, None] * outputs_NAD).sum(1).to(x_ND.dtype)                    # eq. 2
         y_BTD = torch.zeros_like(x_BTD)
         y_BTD[real_BT] = y_ND
         return y_BTD, routing

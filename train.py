@@ -25,6 +25,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from configurator import Config, ConfigError, load_config
 from data import DataError
-from losses import PREFERENCES, cross_entropy, distillation
+from losses import PREFERENCES, by_chunks, cross_entropy, forward_kl
 from model import CheckpointError, Llava, write_file
 from moe import balance_loss, expert_counts, upcycle
 
@@ -114,10 +115,15 @@ def predicted(batch: dict, llava: Llava, config: Config) -> torch.Tensor:
     return is_text[:, 1:]                                            # of prompt and response
 
 
-def summed_logprobs(logits: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """log p(response | prompt) of each row: (N, V), (N,), (B, T-1) -> (B,)."""
+def summed_logprobs(llava: Llava, hidden: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """log p(response | prompt) of each row: (N, D), (N,), (B, T-1) -> (B,)."""
+    def logprob(logits: torch.Tensor, part: slice) -> tuple:
+        each = -cross_entropy(logits, targets[part])
+        return each, [each]
+
     rows = torch.where(where)[0]                                     # (N,) the row that each response token is in
-    return torch.zeros(len(where), device=logits.device).index_add(0, rows, -cross_entropy(logits, targets))
+    each, _ = by_chunks(hidden, llava.decoder.head_weight, logprob)  # (N,)
+    return torch.zeros(len(where), device=hidden.device).index_add(0, rows, each)
 
 
 def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
@@ -127,14 +133,24 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> torch.Tensor:
-    """What the objective compares the student with: the teacher's logits (N, V'), or in pd its log-probs (2B,)."""
+def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> Callable | torch.Tensor:
+    """What the objective compares the student with.
+
+    In pd the teacher's log-probs of the answers, (2B,). Else a function of a few tokens' logits and which tokens they
+    are, (n, V) and a slice of the N, that gives their KL from the teacher, (n,): like the student's, the teacher's logits
+    are made only where and when they are needed.
+    """
     hidden, _ = teacher.hidden_states(batch["input_ids"], features)
     where = predicted(batch, teacher, config)
-    logits = teacher.decoder.head(hidden[:, :-1][where])
-    if config.stage != "pd":
-        return logits
-    return summed_logprobs(logits, batch["input_ids"][:, 1:][where], where)
+    hidden = hidden[:, :-1][where]                                   # (N, D')
+    if config.stage == "pd":
+        return summed_logprobs(teacher, hidden, batch["input_ids"][:, 1:][where], where)
+
+    def kl_from_teacher(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher.decoder.head(hidden[part])      # (n, V')
+        return forward_kl(logits, teacher_logits)
+    return kl_from_teacher
 
 
 class Objective(nn.Module):
@@ -145,36 +161,43 @@ class Objective(nn.Module):
         self.student = student
         self.config = config
 
-    def forward(self, batch: dict, features: torch.Tensor, reference: torch.Tensor | None,
+    def forward(self, batch: dict, features: torch.Tensor, reference: Callable | torch.Tensor | None,
                 total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One micro-batch's share of the global loss, and the sums behind every part of it.
 
+        reference: what `ask_teacher` gives; None without a teacher.
         total: how many "response" and "distilled" tokens, "rows" and "pairs" the global batch has; the divisors.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
         hidden, routings = student.hidden_states(input_ids, features)
         where = predicted(batch, student, config)
-        logits = student.decoder.head(hidden[:, :-1][where])         # (N, V): only where a token is learned from
+        hidden = hidden[:, :-1][where]                               # (N, D): only where a token is learned from
         targets = input_ids[:, 1:][where]                            # (N,)
 
-        if config.stage != "pd" and reference is None:               # align, sft, and d2s without a teacher's help
-            ce = cross_entropy(logits, targets)                                                      # eq. 5
-            loss = (config.ce_weight if config.stage == "d2s" else 1.0) * ce.sum() / total["response"]
-            sums = {"ce": ce.sum()}
-        elif config.stage in ("d2d", "d2s"):
-            kl, ce = distillation(logits, reference, targets, batch["mask"][:, 1:][where])
-            loss = config.kd_weight * kl.sum() / total["distilled"]                                  # eq. 6
-            if config.stage == "d2s":
-                loss = loss + config.ce_weight * ce.sum() / total["response"]                        # eq. 7
-            sums = {"kd": kl.sum(), "ce": ce.sum()}
-        else:
-            chosen, rejected = summed_logprobs(logits, targets, where).chunk(2)                      # (B,) each
+        if config.stage == "pd":
+            chosen, rejected = summed_logprobs(student, hidden, targets, where).chunk(2)             # (B,) each
             ref_chosen, ref_rejected = reference.chunk(2)
             each = PREFERENCES[config.preference_loss](chosen, rejected, ref_chosen, ref_rejected, config.beta)   # eq. 8
             loss = each.sum() / total["pairs"]
             margin = (chosen - ref_chosen) - (rejected - ref_rejected)
             sums = {"preference": each.sum(), "margin": margin.sum(), "accuracy": (margin > 0).sum(),
                     "chosen": chosen.sum(), "rejected": rejected.sum()}
+        else:
+            # When the prompt is distilled as well, the cross-entropy still belongs to the response only.
+            is_response = batch["mask"][:, 1:][where]                # (N,)
+            ce_weight = {"d2d": 0.0, "d2s": config.ce_weight}.get(config.stage, 1.0) / total["response"]
+
+            def of_some_tokens(logits: torch.Tensor, part: slice) -> tuple:
+                """What n tokens add to the loss, and the terms that log.jsonl shows: (n, V) -> (n,), [(n,), ...]."""
+                ce = cross_entropy(logits, targets[part]) * is_response[part]                        # eq. 5
+                if reference is None:                                # align, sft, and d2s without a teacher's help
+                    return ce_weight * ce, [ce]
+                kl = reference(logits, part)                                                         # eq. 6
+                return config.kd_weight * kl / total["distilled"] + ce_weight * ce, [ce, kl]         # eq. 7
+
+            each, terms = by_chunks(hidden, student.decoder.head_weight, of_some_tokens)             # (N,), (1 or 2, N)
+            loss = each.sum()
+            sums = dict(zip(("ce", "kd"), terms.sum(1)))
 
         if routings:
             real = student.real_positions(input_ids)

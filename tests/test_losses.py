@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from losses import cross_entropy, distillation, forward_kl, hinge, ipo, kto_pair, preference
+from losses import by_chunks, cross_entropy, forward_kl, forward_kl_top_k, hinge, ipo, kto_pair, preference
 
 
 def softmax(row):
@@ -73,12 +74,126 @@ def test_impossible_tokens_give_no_nan():
     assert torch.isfinite(kl).all()
 
 
-def test_distillation_terms():
-    student, teacher, targets = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
-    response = torch.tensor([False, True, True, False])
-    kl, ce = distillation(student, teacher, targets, response)
-    torch.testing.assert_close(kl, forward_kl(student, teacher))
-    torch.testing.assert_close(ce, torch.where(response, cross_entropy(student, targets), torch.zeros(4)))
+def test_top_k_kl_is_the_kl_of_the_merged_distributions():
+    student, teacher = torch.randn(5, 9).double(), torch.randn(5, 9).double()
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    for k in (1, 3, 8):
+        top, ids = p.topk(k, dim=-1)
+        tail = 1 - top.sum(-1)
+        expected = torch.zeros(5).double()
+        for n in range(5):      # k + 1 outcomes, written out
+            for j in range(k):
+                expected[n] += top[n, j] * (top[n, j] / q[n, ids[n, j]]).log()
+            expected[n] += tail[n] * (tail[n] / (1 - q[n, ids[n]].sum())).log()
+        torch.testing.assert_close(forward_kl_top_k(student, ids, top.log(), tail.log()), expected, atol=1e-10, rtol=0)
+        assert (expected <= forward_kl(student, teacher) + 1e-12).all()      # a lower bound
+    top, ids = p.topk(9, dim=-1)
+    everything = forward_kl_top_k(student, ids, top.log(), torch.full((5,), -math.inf).double())
+    torch.testing.assert_close(everything, forward_kl(student, teacher), atol=1e-10, rtol=0)
+
+
+def test_top_k_kl_is_finite_when_the_student_leaves_nothing_to_the_tail():
+    student = torch.tensor([[100.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    kl = forward_kl_top_k(student, torch.tensor([[0]]), torch.tensor([[0.5]]).log(), torch.tensor([0.5]).log())
+    kl.sum().backward()
+    assert torch.isfinite(kl).all() and torch.isfinite(student.grad).all()
+
+
+# -----------------------------------------------------------------------------
+# By chunks: the definition is the same loss on all logits at once, in fp64
+
+def objectives(targets, teacher_hidden, teacher_weight):
+    """Every loss that train.py minimises, as `by_chunks` takes it. The teacher's vocabulary is wider by padding."""
+    def ce(logits, part):
+        each = cross_entropy(logits, targets[part])
+        return each, [each]
+
+    def kl(logits, part):
+        each = forward_kl(logits, F.linear(teacher_hidden[part], teacher_weight))
+        return each, [each]
+
+    def both(logits, part):
+        a, b = ce(logits, part)[0], kl(logits, part)[0]
+        return 0.3 * a + 0.7 * b, [a, b]
+
+    def logprob(logits, part):
+        each = -cross_entropy(logits, targets[part])
+        return each, [each]
+    return {"ce": ce, "kl": kl, "both": both, "logprob": logprob}
+
+
+@pytest.mark.parametrize("name", ["ce", "kl", "both", "logprob"])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("trained", [True, False])
+def test_chunks_equal_the_plain_formula(name, chunk, trained):
+    """Values, terms and both gradients, 1e-12, with the head tied to the embedding that made the hidden states."""
+    N, D, V = 10, 6, 17
+    embedding = torch.randn(V, D).double().requires_grad_(trained)
+    ids, targets = torch.randint(V, (N,)), torch.randint(V, (N,))
+    mix = torch.randn(N, N).double().requires_grad_()                # so that something upstream gets a gradient
+    loss = objectives(targets, torch.randn(N, 4).double(), torch.randn(V + 3, 4).double())[name]
+
+    def run(by):
+        hidden = mix @ embedding[ids]
+        values, terms = by(hidden, embedding)
+        grads = torch.autograd.grad(2.5 * values.sum(), [mix] + [embedding] * trained)
+        return values, terms, *grads
+
+    plain = run(lambda hidden, weight: (lambda out: (out[0], torch.stack(out[1])))(loss(F.linear(hidden, weight), slice(0, N))))
+    chunked = run(lambda hidden, weight: by_chunks(hidden, weight, loss, chunk))
+    for a, b in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_chunks_with_a_frozen_head_may_weigh_tokens_as_they_like():
+    """As preferences do: the weight of a token is known only after all log-probs are."""
+    hidden, weight, targets = torch.randn(7, 4).double().requires_grad_(), torch.randn(9, 4).double(), torch.randint(9, (7,))
+    loss = objectives(targets, None, None)["logprob"]
+    by = lambda values: preference(values[:3].sum()[None], values[3:].sum()[None], torch.zeros(1), torch.zeros(1)).sum()
+    plain, = torch.autograd.grad(by(loss(F.linear(hidden, weight), slice(0, 7))[0]), hidden)
+    chunked, = torch.autograd.grad(by(by_chunks(hidden, weight, loss, 2)[0]), hidden)
+    torch.testing.assert_close(chunked, plain, atol=1e-7, rtol=0)     # the preference itself is fp32
+
+
+def test_chunks_with_a_trained_head_refuse_unequal_weights():
+    hidden, weight, targets = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True), torch.randint(5, (4,))
+    values, _ = by_chunks(hidden, weight, objectives(targets, None, None)["ce"])
+    with pytest.raises(ValueError, match="plain sum"):
+        (values * torch.arange(4.0)).sum().backward()
+
+
+def test_chunks_in_bf16_equal_the_plain_formula_in_bf16():
+    """Under autocast with an fp32 head that learns, as in training; a head's gradient is even summed in more precision."""
+    hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    loss = objectives(torch.randint(40, (8,)), None, None)["ce"]
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = loss(F.linear(hidden, weight), slice(0, 8))[0]
+        chunked, _ = by_chunks(hidden, weight, loss, 3)
+    torch.testing.assert_close(chunked, plain, atol=0, rtol=0)
+    for a, b in zip(torch.autograd.grad(chunked.sum(), (hidden, weight)), torch.autograd.grad(plain.sum(), (hidden, weight))):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_chunks_never_hold_the_logits_of_all_tokens(trained):
+    """The largest tensor made, forward and backward, is the head's gradient, or a few chunks' worth of logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == 1000:
+                self.rows = max(self.rows, out.shape[0])
+            return out
+
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=trained)
+    loss = objectives(torch.randint(1000, (64,)), torch.randn(64, 6), torch.randn(1000, 6))["both"]
+    with Largest() as largest:
+        by_chunks(hidden, weight, loss, 4)[0].sum().backward()
+    assert 0 < largest.rows <= 8        # 4 tokens; the transposed head (8, 1000) is a view
 
 
 # -----------------------------------------------------------------------------

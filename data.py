@@ -23,7 +23,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -523,25 +523,29 @@ def batches(dataset: RowData, sampler: Sampler, micro_batch_size: int, rank: int
             start_step: int, end_step: int, num_workers: int, collate_fn: Callable) -> Iterator[list[dict]]:
     """
     Yield, for each step from start_step to end_step - 1, the list of this rank's collated micro-batches.
-
-    With num_workers > 0, torch's DataLoader decodes images in as many processes, which keep ahead of the training.
     """
     def wanted():
         for step in range(start_step, end_step):
             yield from micro_batches(sampler.batch(step), micro_batch_size, rank, world_size)
 
-    # batch_size=None: `wanted` already says which rows go together. The DataLoader draws a seed for its workers; it
-    # gets a generator of its own for that, to leave the global random state as it was.
-    loader = DataLoader(MicroBatches(dataset, collate_fn), sampler=wanted(), batch_size=None, collate_fn=as_it_is,
-                        num_workers=num_workers, generator=torch.Generator())
     step = []
-    for micro_batch in loader:
-        if isinstance(micro_batch, DataError):
-            raise micro_batch
+    for micro_batch in prefetch(dataset, wanted(), collate_fn, num_workers):
         step.append(micro_batch)
         if len(step) * micro_batch_size * world_size == sampler.batch_size:
             yield step
             step = []
+
+
+def prefetch(dataset: RowData, groups: Iterable[list[int]], collate_fn: Callable, num_workers: int) -> Iterator[dict]:
+    """Yield each group of rows, collated. With num_workers > 0 as many processes decode images and keep ahead."""
+    # batch_size=None: `groups` already says which rows go together. The DataLoader draws a seed for its workers; it
+    # gets a generator of its own for that, to leave the global random state as it was.
+    loader = DataLoader(MicroBatches(dataset, collate_fn), sampler=groups, batch_size=None, collate_fn=as_it_is,
+                        num_workers=num_workers, generator=torch.Generator())
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 class MicroBatches:

@@ -69,8 +69,8 @@ class SparseFFN(nn.Module):
         weight_NA, routing = self.route(x_ND)
 
         # Put the N*A assignments in the order of their experts, so that each expert's tokens stand side by side: one gather
-        # before the experts, one after them. (A grouped product over stacked weights does not beat this loop over a few
-        # experts, whose matrices are large; `bench.py moe` has the figures.)
+        # before the experts, one after them. (torch's grouped_mm does the loop in one call, but wants the experts' matrices
+        # stacked in one tensor, and with a few experts of large matrices it was no faster where we measured, on the CPU.)
         expert = routing.expert_NA.flatten()                         # (N*A)
         order = expert.argsort(stable=True)
         sizes = expert.bincount(minlength=len(self.experts)).tolist()

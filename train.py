@@ -38,9 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from configurator import Config, ConfigError, load_config
 from data import DataError
-from losses import PREFERENCES, by_chunks, cross_entropy, forward_kl
+from losses import PREFERENCES, by_chunks, cross_entropy, forward_kl, forward_kl_top_k
 from model import CheckpointError, Llava, write_file
 from moe import balance_loss, expert_counts, upcycle
+from teacher_cache import top_k
 
 DEFAULTS = dict(
     # what runs
@@ -132,6 +133,17 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
     return torch.cat([features, features]) if stage == "pd" else features
 
 
+def states_to_learn(llava: Llava, batch: dict, features: torch.Tensor,
+                    config: Config) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """The hidden states that predict a token to learn from (N, D), where they stand (B, T-1), and the routings.
+
+    The output head, whose V columns are most of a small model's work, sees these positions only.
+    """
+    hidden, routings = llava.hidden_states(batch["input_ids"], features)
+    where = predicted(batch, llava, config)
+    return hidden[:, :-1][where], where, routings
+
+
 @torch.no_grad()
 def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> Callable | torch.Tensor:
     """What the objective compares the student with.
@@ -140,9 +152,7 @@ def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Con
     are, (n, V) and a slice of the N, that gives their KL from the teacher, (n,): like the student's, the teacher's logits
     are made only where and when they are needed.
     """
-    hidden, _ = teacher.hidden_states(batch["input_ids"], features)
-    where = predicted(batch, teacher, config)
-    hidden = hidden[:, :-1][where]                                   # (N, D')
+    hidden, where, _ = states_to_learn(teacher, batch, features, config)
     if config.stage == "pd":
         return summed_logprobs(teacher, hidden, batch["input_ids"][:, 1:][where], where)
 
@@ -151,6 +161,30 @@ def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Con
             teacher_logits = teacher.decoder.head(hidden[part])      # (n, V')
         return forward_kl(logits, teacher_logits)
     return kl_from_teacher
+
+
+@torch.no_grad()
+def dictate(teacher: Llava, batch: dict, config: Config, vocabulary: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """What teacher_cache.py keeps of a batch: tensors, their lines row after row, and how many lines each row has."""
+    features = image_features(teacher, batch, config.stage)
+    if config.stage == "pd":
+        chosen_and_rejected = ask_teacher(teacher, batch, features, config).view(2, -1).T            # (B, 2)
+        return {"teacher_logprobs": chosen_and_rejected}, [1] * len(chosen_and_rejected)
+    hidden, where, _ = states_to_learn(teacher, batch, features, config)
+    parts = [top_k(teacher.decoder.head(some)[:, :vocabulary], config.teacher_top_k) for some in hidden.split(256)]
+    ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
+    return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, where.sum(1).tolist())
+
+
+def recall_teacher(batch: dict, config: Config, vocabulary: int) -> Callable | torch.Tensor:
+    """The same as `ask_teacher`, from what the cache has put into the batch."""
+    if config.stage == "pd":
+        return batch["teacher_logprobs"].T.flatten()                 # (2B,): all chosen, then all rejected
+
+    def kl_from_cache(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        return forward_kl_top_k(logits[:, :vocabulary], batch["teacher_ids"][part].long(),
+                                batch["teacher_logprobs"][part], batch["teacher_tail"][part])
+    return kl_from_cache
 
 
 class Objective(nn.Module):
@@ -165,13 +199,11 @@ class Objective(nn.Module):
                 total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One micro-batch's share of the global loss, and the sums behind every part of it.
 
-        reference: what `ask_teacher` gives; None without a teacher.
+        reference: what `ask_teacher` or `recall_teacher` gives; None without a teacher.
         total: how many "response" and "distilled" tokens, "rows" and "pairs" the global batch has; the divisors.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
-        hidden, routings = student.hidden_states(input_ids, features)
-        where = predicted(batch, student, config)
-        hidden = hidden[:, :-1][where]                               # (N, D): only where a token is learned from
+        hidden, where, routings = states_to_learn(student, batch, features, config)
         targets = input_ids[:, 1:][where]                            # (N,)
 
         if config.stage == "pd":

@@ -4,7 +4,7 @@ Settings from files and flags: `python train.py config/tiny/d2s.py --max_steps=2
 A script states its defaults as one flat dict. A config file is plain Python that assigns to some of those keys, and a
 flag assigns to one; whatever comes later wins:
 
-    defaults  <  config files, in order  <  --key=value flags, in order
+    defaults  <  config files, in order  <  --key=value flags, in order     (--key alone turns a True/False key on)
 
 The default's type is the key's type. A mistyped key or value stops the run before it starts, instead of training for
 a day with a default that nobody wanted. In a config file, names that start with _ and imported modules are its own.
@@ -44,6 +44,8 @@ def load_config(defaults: dict, argv: list[str]) -> Config:
         flag, equals, text = arg.partition("=")
         key = flag.lstrip("-")
         check_known(key, defaults, flag)
+        if isinstance(defaults[key], bool) and not equals:           # --dry_run means --dry_run=True
+            equals, text = "=", "True"
         if flag != f"--{key}" or not equals:
             raise ConfigError(f"{arg}: write --{key}=value")
         config[key] = check_type(parse(text, defaults[key]), defaults[key], flag)

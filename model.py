@@ -303,7 +303,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.checkpointing = False    # True: keep only each block's input, and compute the block again in the backward
+        self.checkpointing = False    # True: the backward pass computes each block again instead of storing its insides
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
@@ -468,9 +468,13 @@ class Llava(nn.Module):
         """A CLIP folder + a Qwen1.5/Qwen2 folder + a fresh adaptor drawn from `seed`. Raises CheckpointError."""
         return assemble_llava(Path(vision_path), Path(llm_path), seed, template)
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `from_pretrained` and stock transformers open; `dtype` None keeps each tensor's own."""
-        save_llava(self, Path(path), dtype)
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None,
+                        weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a folder that `from_pretrained` and stock transformers open; `dtype` None keeps each tensor's own.
+
+        `weights`: the parameters by name, where the model itself does not hold them whole (parallel.py).
+        """
+        save_llava(self, Path(path), dtype, weights)
 
 
 # =============================================================================
@@ -944,9 +948,9 @@ def write_file(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def published_tensors(llava: Llava) -> dict[str, torch.Tensor]:
-    tensors = {published_key(tower, name): p.detach()
-               for tower in TOWERS for name, p in getattr(llava, tower).named_parameters()}
+def published_tensors(llava: Llava, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    weights = weights or dict(llava.named_parameters())
+    tensors = {published_key(*name.split(".", 1)): tensor.detach() for name, tensor in weights.items()}
     D = llava.config.text.n_embd
     for i in llava.config.text.sparse_layers:                        # see SHARED_EXPERT
         mlp = f"language_model.model.layers.{i}.mlp."
@@ -973,8 +977,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
     for name, keys in zip(names, shards):
         part = {key: tensors[key].to(device="cpu", dtype=dtype or tensors[key].dtype).contiguous() for key in keys}
         save_file(part, folder / (name + ".tmp"), metadata={"format": "pt"})
-        os.replace(folder / (name + ".tmp"), folder / name)
+    # One file is swapped for another at a stroke, several are not: a kill in between must not leave shards of two saves
+    # that look like one. So the index goes first and comes back last; without it the folder cannot be opened.
     index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        for first in (index, folder / "model.safetensors"):
+            first.unlink(missing_ok=True)
+    for name in names:
+        os.replace(folder / (name + ".tmp"), folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
         total = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
@@ -986,9 +996,10 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
             old.unlink()
 
 
-def save_llava(llava: Llava, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_llava(llava: Llava, folder: Path, dtype: torch.dtype | None = None,
+               weights: dict[str, torch.Tensor] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(published_tensors(llava), folder, dtype)
+    save_tensors(published_tensors(llava, weights), folder, dtype)
     if llava.tokenizer is not None:
         write_file(folder / "tokenizer.json", llava.tokenizer.to_str(pretty=True))
         if llava.config.template is not None:

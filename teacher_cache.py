@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import DataError, RowData, prefetch
-from model import write_file
+from model import read_json, write_file
 
 ROWS_PER_PIECE = 1024
 
@@ -56,10 +56,10 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path, n_rows: int, made_with: dict[str, object]):
-        self.folder, self.n_rows, self.files = Path(folder), n_rows, {}
+        self.folder, self.n_rows, self.made_with, self.files = Path(folder), n_rows, made_with, {}
         record = self.folder / "teacher_cache.json"
         if record.is_file():
-            before = json.loads(record.read_text())
+            self.made_with = before = read_json(record)
             for key, now in made_with.items():
                 if now is not None and before.get(key) != now:
                     raise DataError(f"{record}: was made with {key}={before.get(key)!r}, this run has {key}={now!r}; "
@@ -113,13 +113,13 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return ids, top, logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
 
 
-def fill(cache: TeacherCache, dataset: RowData, ask: Callable[[dict], tuple[dict[str, torch.Tensor], list[int]]],
+def fill(missing: list[tuple[Path, range]], dataset: RowData, ask: Callable[[dict], tuple[dict[str, torch.Tensor], list[int]]],
          collate: Callable, micro_batch_size: int, num_workers: int, rank: int, world_size: int) -> None:
-    """One pass of the teacher over the rows that are not in the folder yet; the ranks share the files out.
+    """One pass of the teacher over the rows of the missing files, which the ranks share out among them.
 
     ask(batch) -> the tensors to keep, their lines row after row, and how many lines each row of the batch has.
     """
-    mine = cache.missing()[rank::world_size]
+    mine = missing[rank::world_size]
     batches = []                                                     # of neighbours in length, which saves padding
     for _, rows in mine:
         ordered = sorted(rows, key=lambda row: dataset.lengths[row])

@@ -16,13 +16,12 @@ beside the student. All else is shared, and stands below in the order in which i
     pd      DPO against the teacher + balance           experts, routers, adaptor      eq. 8
 
 out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per step), run.json (settings and versions)
-and state/ (what resuming needs). The same command continues an interrupted run where its last save was, bit for bit.
+and state/ (what resuming needs). The same command continues an interrupted run where its last save was, bit for bit
+(resume.py); how a step is spread over GPUs stands in parallel.py.
 """
-import importlib.metadata
+import hashlib
 import json
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -33,15 +32,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
+import parallel
+import resume
 from configurator import Config, ConfigError, load_config
 from data import DataError
 from losses import PREFERENCES, by_chunks, cross_entropy, forward_kl, forward_kl_top_k
-from model import CheckpointError, Llava, write_file
+from model import CheckpointError, Llava, read_json
 from moe import balance_loss, expert_counts, upcycle
-from teacher_cache import top_k
+from resume import NotFinite, SaveError, Stop, Stopped
+from teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
 
 DEFAULTS = dict(
     # what runs
@@ -82,11 +83,16 @@ DEFAULTS = dict(
     kd_tokens="response",       # response | all: distil the prompt's text too (Table 7)
     preference_loss="sigmoid",  # sigmoid (the paper's DPO) | kto_pair | ipo | hinge
     beta=0.1,
+    teacher_cache="",           # folder that keeps what the teacher says (teacher_cache.py); filled first if it is not yet
+    teacher_top_k=64,           # of a cached distribution: how many of the largest log-probs are kept per token
     # running
     seed=0,
     dtype="bfloat16",           # of the matrix products and the frozen weights; what learns is kept in fp32
     device="",                  # cpu | cuda; empty: cuda if there is one
-    save_every=1000,
+    parallel="ddp",             # ddp | fsdp: what several ranks keep each (parallel.py)
+    compile=False,              # torch.compile each layer: minutes at the start, faster steps
+    checkpointing=False,        # compute each decoder layer twice instead of keeping its insides for the backward pass
+    save_every=1000,            # steps between saves, of which the last two are kept
     log_every=10,               # steps between printed lines; log.jsonl has every step
     dry_run=False,              # set everything up, say what would happen, stop
 )
@@ -102,7 +108,10 @@ TRAINABLE = {
 DENSE_FFN = [".ffn.gate_proj.", ".ffn.up_proj.", ".ffn.down_proj."]
 WITH_TEACHER = ["d2d", "d2s", "pd"]
 # Settings that may differ when an interrupted run goes on.
-MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "save_every", "log_every", "dry_run"]
+MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",
+              "log_every", "dry_run"]
+# Settings that may differ from machine to machine. Where they name files, it is the content that has to be the same.
+MACHINE_LOCAL = ["student", "teacher", "vision", "llm", "data", "image_dir", "teacher_cache", "device", "num_workers"]
 
 
 # -----------------------------------------------------------------------------
@@ -188,7 +197,7 @@ def recall_teacher(batch: dict, config: Config, vocabulary: int) -> Callable | t
 
 
 class Objective(nn.Module):
-    """The student together with its loss, so that DistributedDataParallel sees one forward."""
+    """The student together with its loss, so that whatever spreads it over ranks sees one forward."""
 
     def __init__(self, student: Llava, config: Config):
         super().__init__()
@@ -251,7 +260,8 @@ DIVISOR = {"ce": "response", "kd": "distilled", "balance": "rows", "preference":
 def check_settings(config: Config) -> None:
     """Whatever can be known to be wrong before anything is loaded."""
     choices = {"stage": list(TRAINABLE), "kd_tokens": ["response", "all"], "preference_loss": list(PREFERENCES),
-               "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"], "template": ["", *data.TEMPLATES]}
+               "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"], "template": ["", *data.TEMPLATES],
+               "parallel": ["ddp", "fsdp"]}
     for key, known in choices.items():
         if config[key] not in known:
             raise ConfigError(f"{key} is {config[key]!r}, expected one of {', '.join(k for k in known if k)}")
@@ -263,13 +273,15 @@ def check_settings(config: Config) -> None:
     alone = config.stage == "d2s" and config.kd_weight == 0          # Table 6's baseline, made sparse without distillation
     if config.stage in WITH_TEACHER and not config.teacher and not alone:
         raise ConfigError(f"stage {config.stage} learns from a teacher: say --teacher=…, a LLaVA folder")
+    if config.teacher_cache and not config.teacher:
+        raise ConfigError("teacher_cache keeps the answers of a teacher: say --teacher=…, whose they are")
     if config.stage not in WITH_TEACHER and config.teacher:
         raise ConfigError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
                           f"{', '.join(WITH_TEACHER)}")
     if config.template and config.student:
         raise ConfigError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
     positive = ("batch_size", "micro_batch_size", "max_length", "epochs", "learning_rate", "save_every", "log_every", "eps",
-                "num_experts", "top_k")
+                "num_experts", "top_k", "teacher_top_k")
     for key in positive + ("warmup_ratio", "weight_decay", "grad_clip", "max_steps", "balance_coef", "num_workers", "seed"):
         if not config[key] >= 0 or (key in positive and config[key] == 0) or config[key] == math.inf:
             kind = "positive" if key in positive else "non-negative"
@@ -311,6 +323,41 @@ def open_student(config: Config) -> Llava:
     return student
 
 
+def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: torch.device) -> Llava:
+    """Frozen, in eval mode, without gradients or optimizer, in the dtype of the matrix products."""
+    teacher = Llava.from_pretrained(config.teacher, dtype=dtype, device=device).requires_grad_(False).eval()
+    check_teacher(student, teacher, config)
+    if same_vision(student, teacher):
+        teacher.vision = student.vision                              # one tower in memory, one pass per image
+    return teacher
+
+
+def open_cache(config: Config, student: Llava, dataset: data.RowData, collate: Callable, dtype: torch.dtype,
+               ranks: parallel.Ranks) -> TeacherCache:
+    """What the teacher has said about these rows. Of what is missing, the teacher is asked now, and then let go."""
+    made_with = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
+                 "dtype": config.dtype, "teacher": None, "vocabulary": None}
+    if config.stage != "pd":
+        made_with |= {"kd_tokens": config.kd_tokens, "top_k": config.teacher_top_k}
+    if Path(config.teacher).is_dir():
+        theirs = read_json(Path(config.teacher) / "config.json")["text_config"]["vocab_size"]
+        made_with |= {"teacher": digest_of_folder(config.teacher), "vocabulary": min(student.config.text.vocab_size, theirs)}
+    cache = ranks.rank_0_says(lambda: TeacherCache(config.teacher_cache, len(dataset), made_with))
+    missing = ranks.rank_0_says(cache.missing)
+    if missing:
+        with ranks.fail_together():
+            teacher = open_teacher(config, student, dtype, ranks.device)
+
+            def ask(batch: dict) -> tuple[dict[str, torch.Tensor], list[int]]:
+                return dictate(teacher, put_on(ranks.device, batch), config, cache.made_with["vocabulary"])
+            fill(missing, dataset, ask, collate, config.micro_batch_size, config.num_workers, ranks.rank, ranks.world_size)
+    with ranks.fail_together():
+        if cache.missing():
+            raise DataError(f"{config.teacher_cache}: {cache.missing()[0][0].name} is not to be seen from here; the folder must "
+                            "be one that all machines share")
+    return cache
+
+
 def check_teacher(student: Llava, teacher: Llava, config: Config) -> None:
     """Same tokens, same template, same number of image positions: else the two answer different questions."""
     def vocabulary(llava: Llava) -> dict:
@@ -337,17 +384,13 @@ def same_vision(a: Llava, b: Llava) -> bool:
     return all(torch.equal(p, theirs[name]) for name, p in a.vision.named_parameters())
 
 
-def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> list[tuple[str, nn.Parameter]]:
+def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None:
     """Mark what learns (kept in fp32), freeze the rest (kept in `dtype`)."""
     patterns = TRAINABLE[config.stage] + (DENSE_FFN if config.train_dense_ffn and config.stage in ("d2s", "pd") else [])
-    learns = []
     for name, parameter in student.named_parameters():
         parameter.requires_grad = not name.startswith("vision.") and any(pattern in name for pattern in patterns)
-        if parameter.requires_grad:
-            learns.append((name, parameter))
-        else:
+        if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return learns
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -360,209 +403,185 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 
 # -----------------------------------------------------------------------------
-# Saving and resuming
-
-def begin_or_resume(out_dir: Path, config: Config) -> dict | None:
-    """The saved state of an interrupted run of the same settings, or None for a new one."""
-    settings = {key: value for key, value in config.items() if key not in MAY_CHANGE}
-    if not (out_dir / "run.json").is_file():
-        return None
-    before = json.loads((out_dir / "run.json").read_text())
-    for key, value in settings.items():
-        if before["config"].get(key) != value:
-            raise ConfigError(f"{out_dir} holds a run with {key}={before['config'].get(key)!r}, this one has "
-                              f"{key}={value!r}; choose another out_dir, or repeat the command that began it")
-    if before.get("finished"):
-        return {"finished": True}
-    state = out_dir / "state" / "state.pt"
-    return torch.load(state, map_location="cpu", weights_only=True) if state.is_file() else None
-
-
-def write_run(out_dir: Path, config: Config, world_size: int, finished: bool) -> None:
-    packages = ["torch", "tokenizers", "safetensors", "pillow", "numpy", "einops"]
-    versions = {"python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in packages}
-    record = {"config": dict(config), "world_size": world_size, "versions": versions, "finished": finished}
-    write_file(out_dir / "run.json", json.dumps(record, indent=2))
-
-
-def save_state(out_dir: Path, state: dict) -> None:
-    """Only what learns, in fp32: the frozen rest is read again from where it came from."""
-    folder = out_dir / "state"
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "state.pt.tmp")
-    os.replace(folder / "state.pt.tmp", folder / "state.pt")
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop the records of steps after the last save: they are about to be run again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]   # the last may be torn
-        write_file(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
-
-# -----------------------------------------------------------------------------
 # The run
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: Stop | None = None) -> None:
     config = load_config(DEFAULTS, argv)
     check_settings(config)
+    stop = stop or Stop()                                            # without a listener: nobody stops us
+    ranks = parallel.join(config.device)
+    say = print if ranks.rank == 0 else lambda *_, **__: None
+    ranks.agree({key: value for key, value in config.items() if key not in MACHINE_LOCAL} | {"torch": torch.__version__})
 
-    # Ranks and device. Under torchrun there are several processes, each with its own share of every batch.
-    distributed = "RANK" in os.environ
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    use_cuda = config.device == "cuda" or (not config.device and torch.cuda.is_available())
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if use_cuda else "cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                   # tf32 for what autocast leaves in fp32
-    if distributed:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    say = print if rank == 0 else lambda *_, **__: None
-
-    out_dir = Path(config.out_dir)
-    state = begin_or_resume(out_dir, config)
-    if state and state.get("finished"):
+    out_dir, first_step, state = Path(config.out_dir), 0, None
+    finished, state_file, note = ranks.rank_0_says(lambda: resume.begin_or_resume(out_dir, config, MAY_CHANGE))
+    if finished:
         say(f"{out_dir}: this run is finished already; nothing to do")
         return
 
-    # Student and teacher
+    # Student, data and teacher. Whatever is wrong with them, on whichever rank, ends all ranks in one line.
     dtype = getattr(torch, config.dtype)
-    student = open_student(config)
-    learns = choose_trainable(student, config, dtype)
-    student.to(device)
-    teacher = None
-    if config.teacher:
-        # Frozen, in eval mode, without gradients or optimizer, in the dtype of the matrix products.
-        teacher = Llava.from_pretrained(config.teacher, dtype=dtype, device=device).requires_grad_(False).eval()
-        check_teacher(student, teacher, config)
-        if same_vision(student, teacher):
-            teacher.vision = student.vision                          # one tower in memory, one pass per image
-
-    # Data
+    with ranks.fail_together():
+        student = open_student(config)
+        choose_trainable(student, config, dtype)
+        student.to(ranks.device)
+        student.decoder.checkpointing = config.checkpointing
     Rows, collate = data.InstructionData, data.collate
     if config.stage == "pd":
         Rows, collate = data.PreferenceData, data.collate_pairs
-    dataset = Rows(data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
-                   student.config.image_tokens, student.config.vision.image_size, config.max_length)
-    sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources)
-    data.micro_batches(sampler.batch(0), config.micro_batch_size, rank, world_size)   # complains now if it does not divide
+    collate = partial(collate, pad_token_id=student.config.pad_token_id)
+    dataset = ranks.one_per_machine_first(lambda: Rows(
+        data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
+        student.config.image_tokens, student.config.vision.image_size, config.max_length))
+    ranks.agree(fingerprints(config, dataset))
+    autocast = partial(torch.autocast, ranks.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    rows, teacher, cache = dataset, None, None
+    if config.teacher_cache:
+        with autocast():
+            cache = open_cache(config, student, dataset, collate, dtype, ranks)
+        rows, collate = RowsWithTeacher(dataset, cache), partial(collate_with_teacher, collate=collate)
+    elif config.teacher:
+        with ranks.fail_together():
+            teacher = open_teacher(config, student, dtype, ranks.device)
+    if config.compile:
+        for block in [*student.vision.blocks, *student.decoder.blocks, *(teacher.decoder.blocks if teacher else [])]:
+            block.compile(dynamic=True)                              # rows come in all lengths
+    with ranks.fail_together():
+        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources)
+        data.micro_batches(sampler.batch(0), config.micro_batch_size, ranks.rank, ranks.world_size)   # does it divide?
+        if state_file:
+            state = resume.read_state(state_file)
+            sampler.load_state_dict(state["sampler"])
+            first_step = state["step"]
     steps = config.max_steps or config.epochs * sampler.steps_per_epoch
 
-    # Optimizer
-    optimizer = torch.optim.AdamW([p for _, p in learns], lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                                  eps=config.eps, weight_decay=config.weight_decay, fused=True)
-    first_step = 0
-    if state:
-        sampler.load_state_dict(state["sampler"])
-        for name, parameter in learns:
-            parameter.data.copy_(state["weights"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-    del state
-
     counts = student.count_parameters()
-    trained = sum(p.numel() for _, p in learns)
-    for note in dataset.notes:
-        say(note)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    for line in [*dataset.notes, *filter(None, [note])]:
+        say(line)
     say(f"stage {config.stage}: {counts['vision'] + counts['adaptor'] + counts['decoder']:,} parameters "
         f"(decoder {counts['decoder']:,}, {counts['decoder_active']:,} active per token), {trained:,} of them learn")
-    say(f"{len(dataset):,} rows, {config.batch_size} a step = {world_size} ranks x "
-        f"{config.batch_size // (config.micro_batch_size * world_size)} micro-batches x {config.micro_batch_size}; "
+    say(f"{len(dataset):,} rows, {config.batch_size} a step = {ranks.world_size} ranks x "
+        f"{config.batch_size // (config.micro_batch_size * ranks.world_size)} micro-batches x {config.micro_batch_size}; "
         f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
     if teacher is not None:
         say(f"teacher: {sum(p.numel() for p in teacher.decoder.parameters()):,} decoder parameters, frozen, "
             f"{'sharing the ViT with the student' if teacher.vision is student.vision else 'with a ViT of its own'}")
+    if cache is not None:
+        say(f"teacher: its answers are read from {config.teacher_cache}")
     if config.dry_run:
         say("dry run: nothing was trained or written")
         return
 
-    if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_run(out_dir, config, world_size, finished=False)
-        cut_log(out_dir / "log.jsonl", first_step)
-    objective = Objective(student, config)
-    if distributed:
-        objective = DistributedDataParallel(objective, device_ids=[device] if use_cuda else None,
-                                            gradient_as_bucket_view=True)
-    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    # Spread over the ranks, and back to where the saved state stands
+    objective, optimizer = parallel.spread(Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
+                                           betas=(config.beta1, config.beta2), eps=config.eps,
+                                           weight_decay=config.weight_decay)
+    learns = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    with ranks.fail_together():
+        if state:
+            parallel.restore(learns, optimizer, state["weights"], state["adam"])
+        if ranks.rank == 0:
+            with resume.writing(out_dir / "run.json", 10_000):
+                out_dir.mkdir(parents=True, exist_ok=True)
+                resume.go_back(out_dir, first_step)
+                resume.write_run(out_dir, config, ranks.world_size, finished=False)
+    del state
 
-    def save(step: int) -> None:
-        if rank == 0:
-            weights = {name: p.detach().cpu() for name, p in learns}
-            save_state(out_dir, {"step": step, "weights": weights, "optimizer": optimizer.state_dict(),
-                                 "sampler": sampler.state_dict()})
-            student.save_pretrained(out_dir, dtype=dtype)
+    def save_state(step: int) -> None:
+        """What resuming needs."""
+        weights, adam = parallel.gather(learns, ranks), parallel.gather_adam(learns, optimizer, ranks)
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                resume.write_state(out_dir, {"step": step, "weights": weights, "adam": adam, "sampler": sampler.state_dict()})
 
-    def add_up(values: torch.Tensor) -> torch.Tensor:
-        if distributed:
-            dist.all_reduce(values)
-        return values
+    def export() -> None:
+        """What others use: the student as a Hugging Face folder."""
+        weights = parallel.gather(dict(student.named_parameters()), ranks)
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                with resume.writing(out_dir / "model.safetensors", sum(w.numel() * dtype.itemsize for w in weights.values())):
+                    student.save_pretrained(out_dir, dtype, weights)
 
     # The loop. A step is: learning rate, micro-batches, clip, update, log, save.
-    pad = student.config.pad_token_id
-    stream = data.batches(dataset, sampler, config.micro_batch_size, rank, world_size, first_step, steps,
-                          config.num_workers, partial(collate, pad_token_id=pad))
-    began = time.time()
-    for step, micro in enumerate(stream, start=first_step + 1):
+    stream = data.batches(rows, sampler, config.micro_batch_size, ranks.rank, ranks.world_size, first_step, steps,
+                          config.num_workers, collate)
+    began, stop.can_wait = time.time(), True
+    for step, micro in enumerate(stop.watch(stream), start=first_step + 1):
         step_began = time.time()
         lr = learning_rate(step - 1, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        total = count_batch(micro, student, config)
-        total = dict(zip(total, add_up(torch.tensor(list(total.values()), device=device)).tolist()))
-        micro = [{key: None if value is None else value.to(device) for key, value in batch.items()} for batch in micro]
+        total = count_batch(micro, student, config) | stop.votes()
+        total = dict(zip(total, ranks.add_up(torch.tensor(list(total.values()), device=ranks.device)).tolist()))
+        if any(total[vote] for vote in stop.votes()):                # some rank has to stop, so all do
+            if step - 1 > first_step and (step - 1) % config.save_every:
+                save_state(step - 1)
+            stop.end(total, step - 1, ranks.rank)
+        micro = [put_on(ranks.device, batch) for batch in micro]
 
-        sums, loss_sum = {}, torch.zeros((), device=device)
+        sums, loss_sum = {}, torch.zeros((), device=ranks.device)
         for i, batch in enumerate(micro):
-            # DDP averages gradients over ranks after the last backward; before it, each rank just adds up its own.
             last = i == len(micro) - 1
-            with objective.no_sync() if distributed and not last else nullcontext(), autocast():
-                features, reference = image_features(student, batch, config.stage), None
-                if teacher is not None and teacher.vision is student.vision:
+            with nullcontext() if last else parallel.keep_gradients_local(objective), autocast():
+                features = image_features(student, batch, config.stage)
+                if cache is not None:
+                    reference = recall_teacher(batch, config, cache.made_with["vocabulary"])
+                elif teacher is not None and teacher.vision is student.vision:
                     reference = ask_teacher(teacher, batch, features, config)
                 elif teacher is not None:
                     reference = ask_teacher(teacher, batch, image_features(teacher, batch, config.stage), config)
+                else:
+                    reference = None
                 loss, parts = objective(batch, features, reference, total)
-                (loss * world_size).backward()                       # DDP divides by the ranks; what is left is the sum
+                (loss * ranks.world_size).backward()                 # gradients are averaged over ranks; we want the sum
             loss_sum += loss.detach()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value
 
-        loss_sum = add_up(loss_sum).item()
-        grad_norm = nn.utils.clip_grad_norm_([p for _, p in learns], config.grad_clip or math.inf).item()
-        if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {grad_norm}; the weights are still "
-                                     f"those of step {step - 1}, rows {sampler.batch(step - 1)} were in the batch")
+        loss_sum = ranks.add_up(loss_sum).item()
+        sums = {name: ranks.add_up(value.double()) for name, value in sums.items()}
+        grad_norm = parallel.whole(nn.utils.get_total_norm([p.grad for p in learns.values()]))
+        if not math.isfinite(loss_sum) or not grad_norm.isfinite():  # before the weights are touched
+            with ranks.fail_together():
+                raise NotFinite(f"step {step}: loss {loss_sum}, gradient norm {grad_norm.item()}"
+                                + what_is_not_finite(sums, learns, sampler.batch(step - 1), dataset, ranks))
+        nn.utils.clip_grads_with_norm_(learns.values(), config.grad_clip or math.inf, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        sums = {name: add_up(value.double()) for name, value in sums.items()}
         seconds = time.time() - step_began
         record = {"step": step, "loss": loss_sum}
         record |= {name: (value / total[DIVISOR[name]]).item() for name, value in sums.items() if name != "counts"}
-        record |= {"lr": lr, "grad_norm": grad_norm, "tokens": total["tokens"],
+        record |= {"lr": lr, "grad_norm": grad_norm.item(), "tokens": total["tokens"],
                    "tokens_per_s": round(total["tokens"] / seconds), "seconds": round(seconds, 4)}
         if "counts" in sums:
             load = sums["counts"] / sums["counts"].sum(-1, keepdim=True).clamp(min=1)          # (layers, 2, E)
             for i, what in enumerate(("image_load", "text_load")):
                 record[what] = [[round(share, 4) for share in layer] for layer in load[:, i].tolist()]
-        if rank == 0:
-            with open(out_dir / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
+        if ranks.rank == 0:
+            resume.append_log(out_dir, record)
         if step % config.log_every == 0 or step == steps:
             left = (time.time() - began) / (step - first_step) * (steps - step)
             shown = {name: record[name] for name in DIVISOR if name in record}
             say(f"step {step}/{steps}  loss {record['loss']:.4f}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
-                + f"  lr {lr:.2e}  grad {grad_norm:.3f}  {record['tokens_per_s']:,} tok/s  {left / 60:.1f} min left",
+                + f"  lr {lr:.2e}  grad {record['grad_norm']:.3f}  {record['tokens_per_s']:,} tok/s  {left / 60:.1f} min left",
                 flush=True)
         if step % config.save_every == 0 or step == steps:
-            save(step)
+            save_state(step)
+            export()
 
-    if rank == 0:
-        write_run(out_dir, config, world_size, finished=True)
+    if first_step == steps:                                          # ended after its last save: is the folder of that step?
+        export()
+    with ranks.fail_together():
+        if ranks.rank == 0:
+            resume.write_run(out_dir, config, ranks.world_size, finished=True)
     say(f"{config.stage} done: {out_dir}")
+
+
+def put_on(device: torch.device, batch: dict) -> dict:
+    return {key: None if value is None else value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def count_batch(micro: list[dict], student: Llava, config: Config) -> dict[str, int]:
@@ -578,12 +597,43 @@ def count_batch(micro: list[dict], student: Llava, config: Config) -> dict[str, 
     return total
 
 
+def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
+    """What stands for the files that a rank has read: were they the same on every machine?"""
+    found = {"data": hashlib.sha256(repr((dataset.lengths, dataset.sources)).encode()).hexdigest()[:12]}
+    for key in ("student", "teacher", "vision", "llm"):
+        if config[key]:
+            found[f"{key}'s config.json"] = hashlib.sha256((Path(config[key]) / "config.json").read_bytes()).hexdigest()[:12]
+    return found
+
+
+def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.RowData, ranks: parallel.Ranks) -> str:
+    """The rest of a NotFinite's line: which part of the loss, whose gradient, which rows."""
+    describe = getattr(dataset, "describe", lambda row: f"row {row}")
+    parts = {name: value for name, value in sums.items() if name in DIVISOR}
+    fine = [name for name, value in parts.items() if value.isfinite()]
+    broken = [not parallel.piece(p.grad).isfinite().all() for p in learns.values()]
+    broken = ranks.add_up(torch.tensor(broken, device=ranks.device).long()).tolist()
+    names = [name for name, ranks_say in zip(learns, broken) if ranks_say]
+
+    def some(items: list[str]) -> str:
+        return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "") if items else "none"
+
+    return (f"; finite parts of the loss: {some(fine)}, not finite: {some([name for name in parts if name not in fine])}; "
+            f"gradients not finite: {some(names)}; the batch: {some([describe(row) for row in rows])}; the weights were not "
+            "touched, and what was saved before is intact")
+
+
 if __name__ == "__main__":
+    stop = Stop()
+    stop.listen()
     try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, CheckpointError) as error:
+        main(sys.argv[1:], stop)
+    except (ConfigError, DataError, CheckpointError, SaveError, NotFinite) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as reason:
+        print(reason, file=sys.stderr)
+        sys.exit(reason.exit_code)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

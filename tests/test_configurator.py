@@ -48,6 +48,11 @@ def test_flags_are_parsed_by_the_type_of_the_default():
     assert load_config(DEFAULTS, ["--learning_rate=1e-4", "--dry_run=False", "--student="]).learning_rate == 1e-4
 
 
+def test_a_bare_flag_turns_a_bool_on():
+    assert load_config(DEFAULTS, ["--dry_run"]).dry_run is True
+    assert load_config(DEFAULTS, ["--dry_run", "--dry_run=False"]).dry_run is False
+
+
 def test_config_is_a_dict_with_attributes():
     config = load_config(DEFAULTS, [])
     config.batch_size = 4
@@ -76,7 +81,9 @@ def test_config_files_run_in_an_empty_namespace(tmp_path):
     (["--learning_rat=1"], "--learning_rat: unknown key 'learning_rat'; did you mean learning_rate?"),
     (["--learning-rate=1"], "--learning-rate: unknown key 'learning-rate'; did you mean learning_rate?"),
     (["--xyz=1"], "--xyz: unknown key 'xyz'; known keys: learning_rate, batch_size, dry_run, student, teacher, max_steps"),
-    (["--dry_run"], "--dry_run: write --dry_run=value"),
+    (["--max_steps"], "--max_steps: write --max_steps=value"),
+    (["-dry_run"], "-dry_run: write --dry_run=value"),
+    (["--dry_run="], "--dry_run: found str '', expected bool (True or False)"),
     (["-batch_size=3"], "-batch_size=3: write --batch_size=value"),
     (["--batch_size=3.5"], "--batch_size: found str '3.5', expected int"),
     (["--batch_size=True"], "--batch_size: found str 'True', expected int"),

@@ -181,7 +181,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(world, tmp_path, stage):
     # run until the save at step 3 is there, then SIGKILL; the log may be ahead of the save
     process = subprocess.Popen(command_line(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 60
-    while not (tmp_path / "killed" / "state" / "state.pt").is_file():
+    while not (tmp_path / "killed" / "state" / "step_00000003.pt").is_file():
         assert process.poll() is None and time.time() < deadline, process.stderr.read()
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

@@ -92,7 +92,7 @@ class Repository:
                     break
             if pause is not None:
                 pause = max(pause, int(asked) if asked.isdigit() else 0)
-                print(f"{url}: {problem}; trying again in {pause} s", file=sys.stderr)
+                print(f"{url}: {problem}; trying again in {pause} s", flush=True)
                 time.sleep(pause)
         raise DownloadError(f"{url}: {problem}")
 
@@ -205,7 +205,7 @@ def receive(repository: Repository, file: File, out, path: Path) -> None:
     while True:
         have = os.fstat(out.fileno()).st_size
         if have > file.size:                                      # the beginning of another version
-            have = out.truncate(0)
+            out.truncate(have := 0)
         if have == file.size:
             return
         if have > furthest:
@@ -222,11 +222,12 @@ def receive(repository: Repository, file: File, out, path: Path) -> None:
 
         with repository.get(url, start=have) as response:
             if response.status_code == 200:                       # the whole file, whatever we asked for
-                have = out.truncate(0)
+                have = 0
             elif response.headers.get("Content-Range") != f"bytes {have}-{file.size - 1}/{file.size}":
                 out.truncate(0)                                   # 416, or another piece: our beginning is not theirs
                 continue
-            check_answer(url, response, file.size - have)
+            check_answer(url, response, file.size - have)         # before a wrong answer costs us what we have
+            out.truncate(have)
             try:
                 copy(response, out, file, have)
             except requests.RequestException:
@@ -281,7 +282,7 @@ def read_manifest(stage: str) -> list[dict]:
 def count_rows(path: Path) -> int:
     """
     Rows of a .json or .jsonl file without parsing it: every row has one key "conversations", or "chosen" if it is a
-    pair. A quote inside of JSON text is written \\", so text cannot look like a key.
+    pair. No text can look like a key, for a quote in a JSON text is written with a backslash.
     """
     key, rows, tail = re.compile(rb'"(?:conversations|chosen)"\s*:'), 0, b""
     with open(path, "rb") as file:

@@ -194,6 +194,15 @@ def test_of_a_model_what_our_code_reads_arrives_byte_for_byte(hub, tmp_path, cap
     assert capsys.readouterr().out.count("already here") == len(READ)
 
 
+def test_huggingface_hub_reads_the_same_listing(hub):
+    hub_client = pytest.importorskip("huggingface_hub")                  # comes with transformers
+    theirs = hub_client.HfApi(endpoint=hub.endpoint, token=False).list_repo_tree("me/model", recursive=True)
+    theirs = {file.path: (file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+              for file in theirs if isinstance(file, hub_client.hf_api.RepoFile)}
+    ours = download.Repository("me/model", hub.endpoint).files()
+    assert {file.name: (file.size, file.hash) for file in ours} == theirs and len(theirs) == len(MODEL)
+
+
 def test_pickles_only_where_there_are_no_safetensors(hub, tmp_path):
     hub.files = {"config.json": b"{}", "pytorch_model.bin": BIG, "tf_model.h5": b"no"}
     assert get(tmp_path) == 0 and held(tmp_path) == {"config.json": b"{}", "pytorch_model.bin": BIG}

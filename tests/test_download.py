@@ -1,0 +1,588 @@
+"""
+download.py against a Hub of our own on 127.0.0.1, which lists in pages, redirects large files to a second port, and can
+be told to misbehave. What arrives is compared with the bytes that the server holds.
+"""
+import errno
+import hashlib
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import pytest
+
+import download
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "hf_secret"
+
+
+def noise(size, seed=0):
+    return hashlib.shake_256(b"%d" % seed).digest(size)
+
+
+BIG = noise(1_000_000)
+MODEL = {"config.json": b'{"model_type": "qwen2"}', "generation_config.json": b"{}", "tokenizer.json": b'{"a": 1}',
+         "tokenizer_config.json": b"{}", "vocab.json": b"{}", "merges.txt": b"a b\n", "README.md": b"# hello",
+         "model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": BIG,
+         "model-00002-of-00002.safetensors": noise(70_000, 2), "pytorch_model.bin": noise(50, 3), "tf_model.h5": b"h5",
+         "flax_model.msgpack": b"flax", "onnx/model.onnx": b"onnx", "onnx/model.safetensors": b"not this"}
+READ = {name for name in MODEL if "/" not in name and not name.endswith((".md", ".bin", ".h5", ".msgpack"))}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Hub
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        hub = self.server.hub
+        path = unquote(self.path)
+        log = hub.cdn_log if self.server is hub.cdn else hub.log
+        log.append(SimpleNamespace(path=path, range=self.headers.get("Range"), auth=self.headers.get("Authorization"),
+                                   coding=self.headers.get("Accept-Encoding")))
+        if "/tree/" in path:
+            return self.listing(hub, path)
+        name = path.split("/resolve/main/")[-1].removeprefix("/blob/")
+        if self.server is not hub.cdn and name in hub.redirected:
+            return self.answer(302, b"", {"Location": f"http://127.0.0.1:{hub.cdn.server_port}/blob/{name}"})
+        trouble = hub.trouble.pop(0) if hub.trouble else {}
+        if trouble.get("lost"):                                   # not even a status line
+            return self.lose()
+        content, status, headers = trouble.get("content", hub.files.get(name)), trouble.get("status", 200), {}
+        if content is None or status >= 400:
+            return self.answer(status if status >= 400 else 404, b"<html>sorry</html>", trouble.get("headers", {}))
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        if start and not trouble.get("ignore_range"):
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(content) - 1}/{len(content)}"
+            content = content[start:]
+        self.answer(status, content, headers | trouble.get("headers", {}), trouble.get("cut"), trouble.get("hold"))
+
+    def listing(self, hub, path):
+        if hub.raw_listing is not None:
+            return self.answer(200, hub.raw_listing, {"Content-Type": "text/html"})
+        start = int(path.partition("cursor=")[2] or 0)
+        page = hub.entries()[start:start + 4]
+        more = {}
+        if start + 4 < len(hub.entries()):
+            more["Link"] = f'<{hub.next_host}{path.partition("&")[0]}&cursor={start + 4}>; rel="next"'
+        self.answer(200, json.dumps(page).encode(), {"Content-Type": "application/json", **more})
+
+    def answer(self, status, body, headers, cut=None, hold=None):
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/octet-stream", "Content-Length": len(body), **headers}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if hold:                                                  # no more than that until the test opens the gate
+            self.send(body[:hold])
+            self.server.hub.gate.wait(30)
+            body = body[hold:]
+        self.send(body[:cut])
+        if cut is not None:
+            self.lose()
+
+    def send(self, data):
+        try:
+            self.wfile.write(data)
+        except OSError:                                           # a client that was killed
+            self.close_connection = True
+
+    def lose(self):
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(2)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):    # a client that hangs up is our everyday
+            super().handle_error(request, client_address)
+
+
+class Hub:
+    def __init__(self):
+        self.files, self.lists, self.redirected = dict(MODEL), None, set()
+        self.log, self.cdn_log, self.trouble, self.raw_listing, self.gate = [], [], [], None, threading.Event()
+        self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.main, self.cdn = self.servers
+        self.endpoint = self.next_host = f"http://127.0.0.1:{self.main.server_port}"
+        for server in self.servers:
+            server.hub = self
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def entries(self):
+        """The listing: LFS for weights, git blobs for the rest, and a folder among them."""
+        entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "onnx"}]
+        for name, content in (self.lists or self.files).items():
+            blob = hashlib.sha1(b"blob " + str(len(content)).encode() + b"\0" + content).hexdigest()
+            entry = {"type": "file", "oid": blob, "size": len(content), "path": name}
+            if name.endswith((".safetensors", ".bin")):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                entry["oid"] = "f" * 40                           # of the pointer, not of the content
+            entries.append(entry)
+        return entries
+
+    def asked(self, log=None):
+        """Files asked for, with their ranges, in order."""
+        return [(request.path.split("/")[-1], request.range) for request in (self.log if log is None else log)
+                if "/tree/" not in request.path]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES", [0] * 5)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    yield hub
+    hub.gate.set()
+    for server in hub.servers:
+        server.shutdown()
+        server.server_close()
+
+
+def only(hub, name="model.safetensors", content=BIG):
+    """A repository of one file."""
+    hub.files = {name: content}
+    return name
+
+
+def get(to, *more, name="me/model"):
+    return download.main([name, f"--to={to}", *more])
+
+
+def held(folder):
+    """{path below the folder: content} of all that is there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def error_of(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("download.py: "), lines
+    return lines[0]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is fetched
+
+
+def test_of_a_model_what_our_code_reads_arrives_byte_for_byte(hub, tmp_path, capsys):
+    hub.redirected = {"model-00001-of-00002.safetensors"}
+    assert get(tmp_path / "m") == 0
+    assert held(tmp_path / "m") == {name: MODEL[name] for name in READ}
+    assert {name for name, _ in hub.asked()} == READ                     # nothing else was even asked for
+    assert sum("/tree/" in request.path for request in hub.log) == 4     # 15 files and a folder, 4 a page
+    assert hub.asked(hub.cdn_log) == [("model-00001-of-00002.safetensors", None)]
+    assert {request.coding for request in hub.log + hub.cdn_log} == {"identity"}   # compressed, no size would be right
+
+    hub.log.clear(), capsys.readouterr()
+    assert get(tmp_path / "m") == 0 and hub.asked() == []
+    assert capsys.readouterr().out.count("already here") == len(READ)
+
+
+def test_huggingface_hub_reads_the_same_listing(hub):
+    hub_client = pytest.importorskip("huggingface_hub")                  # comes with transformers
+    theirs = hub_client.HfApi(endpoint=hub.endpoint, token=False).list_repo_tree("me/model", recursive=True)
+    theirs = {file.path: (file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+              for file in theirs if isinstance(file, hub_client.hf_api.RepoFile)}
+    ours = download.Repository("me/model", hub.endpoint).files()
+    assert {file.name: (file.size, file.hash) for file in ours} == theirs and len(theirs) == len(MODEL)
+
+
+def test_pickles_only_where_there_are_no_safetensors(hub, tmp_path):
+    hub.files = {"config.json": b"{}", "pytorch_model.bin": BIG, "tf_model.h5": b"no"}
+    assert get(tmp_path) == 0 and held(tmp_path) == {"config.json": b"{}", "pytorch_model.bin": BIG}
+
+
+def test_files_of_a_data_set(hub, tmp_path, capsys):
+    hub.files = {"a.json": b"[1]", "train_json/b#1 %.json": b"[2]", "images.zip": BIG}
+    assert get(tmp_path, "--files=train_json/*,a.json", name="--dataset=me/data") == 0
+    assert held(tmp_path) == {"a.json": b"[1]", "train_json/b#1 %.json": b"[2]"}
+    assert hub.log[0].path == "/api/datasets/me/data/tree/main?recursive=true"
+    assert [request.path for request in hub.log[1:]] == ["/datasets/me/data/resolve/main/a.json",
+                                                         "/datasets/me/data/resolve/main/train_json/b#1 %.json"]
+    capsys.readouterr()
+    assert get(tmp_path, "--files=b.json", name="--dataset=me/data") == 2
+    assert "nothing matches 'b.json'" in (line := error_of(capsys)) and "images.zip" in line
+    assert get(tmp_path, name="--dataset=me/data") == 2 and "--files" in error_of(capsys)
+
+
+def test_git_hashes_are_gits(tmp_path):
+    for content, oid in [(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),          # git hash-object
+                         (b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")]:
+        (tmp_path / "f").write_bytes(content)
+        assert download.is_complete(tmp_path / "f", download.File("f", len(content), False, oid))
+        assert not download.is_complete(tmp_path / "f", download.File("f", len(content), False, oid[::-1]))
+
+
+def test_an_empty_file_and_a_stale_one(hub, tmp_path, capsys):
+    hub.files = {"config.json": b"{1}", "model.safetensors": b""}
+    (tmp_path / "config.json").write_bytes(b"{0}")                       # same size, other content
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files
+    assert "config.json: replaced" in capsys.readouterr().out
+
+
+def test_the_token_goes_to_the_endpoint_alone(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN + "\n")
+    hub.redirected = {"model-00001-of-00002.safetensors"}
+    assert get(tmp_path / "a") == 0
+    assert {request.auth for request in hub.log} == {f"Bearer {TOKEN}"}
+    assert [request.auth for request in hub.cdn_log] == [None]
+
+    hub.next_host = f"http://127.0.0.1:{hub.cdn.server_port}"            # a Link header that leads elsewhere
+    hub.cdn_log.clear()
+    assert get(tmp_path / "b") == 0
+    assert len(hub.cdn_log) > 1 and {request.auth for request in hub.cdn_log} == {None}
+
+    hub.trouble = [{"status": 403}]
+    assert get(tmp_path / "c") == 2
+    said = capsys.readouterr()
+    assert TOKEN not in said.out + said.err
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When things go wrong on the way
+
+
+def test_a_cut_connection_resumes(hub, tmp_path):
+    name = only(hub)
+    hub.redirected = {name}
+    hub.trouble = [{"cut": 300_000}, {"lost": True}, {"cut": 300_000}]
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files
+    starts = [int((ask or "bytes=0-")[6:-1]) for _, ask in hub.asked(hub.cdn_log)]
+    assert starts[0] == 0 and 200_000 < starts[1] <= 300_000 and starts[2] == starts[1]
+    assert starts[1] + 200_000 < starts[3] <= starts[1] + 300_000 and len(starts) == 4
+
+
+def test_progress_makes_patience_new_and_no_progress_ends(hub, tmp_path, capsys):
+    name = only(hub)
+    hub.trouble = [{"cut": 0}, {"cut": 100_000}] * 9                     # more than five failures, but never in a row
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files
+    (tmp_path / name).unlink()
+    hub.trouble, hub.log[:] = [{"cut": 100_000, "ignore_range": True}] * 99, []
+    assert get(tmp_path) == 2 and "breaks off again and again" in error_of(capsys)
+    assert len(hub.asked()) == 1 + 1 + 5 and set(held(tmp_path)) == {name + ".part"}   # one got further, 5 pauses
+
+
+@pytest.mark.parametrize("trouble", [
+    {"ignore_range": True},                                              # 200 and everything
+    {"headers": {"Content-Range": "bytes 7-999999/1000000"}},            # another piece than asked for
+    {"headers": {"Content-Range": "bytes 500000-999999/7000000"}},       # a piece of another file
+    {"status": 416},
+])
+def test_a_server_that_does_not_continue_starts_from_zero(hub, tmp_path, trouble):
+    name = only(hub)
+    (tmp_path / (name + ".part")).write_bytes(BIG[:500_000])
+    hub.trouble = [trouble]
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files
+    assert hub.asked()[0] == (name, "bytes=500000-") and len(hub.asked()) == 1 + ("ignore_range" not in trouble)
+
+
+def test_a_part_of_another_version(hub, tmp_path, capsys):
+    name = only(hub)
+    part = tmp_path / (name + ".part")
+    part.write_bytes(b"x" * 2_000_000)                                   # longer than the file: of no use
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files and hub.asked() == [(name, None)]
+    (tmp_path / name).unlink()
+    part.write_bytes(b"x" * 500_000)                                     # shorter: only the hash can tell
+    capsys.readouterr()
+    assert get(tmp_path) == 2 and "hash" in error_of(capsys) and held(tmp_path) == {}
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files
+
+
+def test_wrong_content_never_takes_the_name(hub, tmp_path, capsys):
+    name = only(hub)
+    (tmp_path / name).write_bytes(b"what was here before")
+    hub.trouble = [{"content": BIG[:-1] + b"!"}]
+    assert get(tmp_path) == 2 and "deleted" in error_of(capsys)
+    assert held(tmp_path) == {name: b"what was here before"}
+
+
+@pytest.mark.parametrize("trouble, word", [
+    ({"content": BIG + b"!"}, "1000001 bytes where the listing promises 1000000"),
+    ({"content": BIG[:-1]}, "999999 bytes"),
+    ({"content": b"<html>log in</html>", "headers": {"Content-Type": "text/html"}}, "web page"),
+    ({"content": BIG, "headers": {"Content-Type": "text/html"}}, "web page"),
+])
+def test_wrong_sizes_and_web_pages_are_not_files(hub, tmp_path, capsys, trouble, word):
+    name = only(hub)
+    (tmp_path / (name + ".part")).write_bytes(BIG[:500_000])
+    hub.trouble = [trouble | {"ignore_range": True}]
+    assert get(tmp_path) == 2 and word in error_of(capsys)
+    assert held(tmp_path) == {name + ".part": BIG[:500_000]}             # and what an earlier run brought is kept
+    (tmp_path / (name + ".part")).unlink()
+    hub.trouble = [trouble]
+    assert get(tmp_path) == 2 and b"".join(held(tmp_path).values()) == b""   # an empty .part at most
+
+
+def test_busy_servers_are_asked_again_with_growing_pauses(hub, tmp_path, monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(download, "PAUSES", [1, 2, 4])
+    monkeypatch.setattr(download.time, "sleep", slept.append)
+    only(hub)
+    hub.trouble = [{"status": 503, "headers": {"Retry-After": "0"}}, {"status": 429, "headers": {"Retry-After": "7"}},
+                   {"status": 502, "headers": {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}}]
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files and slept == [1, 7, 4]
+    hub.trouble, slept[:] = [{"status": 503}] * 99, []
+    capsys.readouterr()
+    assert get(tmp_path / "new") == 2 and slept == [1, 2, 4]
+    assert "status 503" in error_of(capsys) and held(tmp_path / "new") != hub.files
+
+
+@pytest.mark.parametrize("status, words", [(401, "gated.*HF_TOKEN"), (403, "accept"), (404, "name.*--dataset")])
+def test_refusals_say_what_to_do(hub, tmp_path, capsys, status, words):
+    name = only(hub)
+    hub.trouble = [{"status": status}]
+    assert get(tmp_path) == 2 and re.search(f"status {status}; .*{words}", error_of(capsys))
+    assert len(hub.asked()) == 1 and name not in held(tmp_path)          # asking again would not help
+
+
+def test_a_listing_that_is_none(hub, tmp_path, capsys):
+    for listing in [b"<html/>", b'{"error": "no"}', b'[{"type": "file", "path": "x"}]', b"[1]", b'[{"type": "fi']:
+        hub.raw_listing = listing
+        assert get(tmp_path) == 2 and "no complete listing" in error_of(capsys)
+    assert held(tmp_path) == {}
+
+
+def test_user_mistakes_are_one_line(hub, tmp_path, capsys, monkeypatch):
+    for argv, word in [([], "give a model's name"), (["a/b"], "--to"), (["a/b", "--dataset=c/d", "--to=x"], "give"),
+                       (["../b", "--to=x"], "OWNER/NAME"), (["a/b/c", "--to=x"], "OWNER/NAME"), (["--x=x"], "--x"),
+                       (["a/b", "--to=x", "--endpoint=hub"], "--endpoint"), (["--manifest=d3d"], "d2d"),
+                       (["a/b", f"--to={tmp_path}", "--endpoint=http://127.0.0.1:1"], "no answer")]:
+        monkeypatch.setattr(download, "PAUSES", [])
+        assert download.main(argv) == 2 and word in error_of(capsys), argv
+    (tmp_path / "file").write_text("in the way")
+    assert get(tmp_path / "file") == 2 and "cannot be written" in error_of(capsys)
+    hub.files = {"config.json": b"{}"}
+    assert get(tmp_path) == 2 and "--files" in error_of(capsys)          # a model without weights
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing outside of the folder
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/x", "a/../../b", "C:\\x", "C:x", "a\\..\\b", "a//b", "a/", "./a", "",
+                                  "a\nb", "..", "sub/C:/x", None, 7])
+def test_strange_names_stop_everything(hub, tmp_path, capsys, name):
+    hub.lists = {"config.json": b"{}", "model.safetensors": BIG, "zz": b"evil"}
+    entries = hub.entries()
+    entries[-1]["path"] = name
+    hub.entries = lambda: entries
+    (tmp_path / "deep").mkdir()
+    assert get(tmp_path / "deep" / "to") == 2 and "not a plain path" in error_of(capsys)
+    assert hub.asked() == [] and held(tmp_path) == {}
+
+
+def test_links_that_lead_out_stop_everything(hub, tmp_path, capsys):
+    outside, to = tmp_path / "outside", tmp_path / "to"
+    outside.mkdir(), to.mkdir()
+    (outside / "precious").write_bytes(b"x")
+    hub.files = {"config.json": b"{}", "sub/model.safetensors": BIG}
+    precious = outside / "precious"
+    for link, target in [("sub", outside), ("config.json", precious), ("config.json.part", precious),
+                         ("config.json.part", outside / "new")]:
+        (to / link).symlink_to(target)
+        assert get(to, "--files=*") == 2 and "symbolic link" in error_of(capsys)
+        (to / link).unlink()
+    assert hub.asked() == [] and held(outside) == {"precious": b"x"}
+    (to / "real").mkdir()
+    (to / "sub").symlink_to("real")                                      # a link that stays inside is fine
+    (tmp_path / "way").symlink_to(to)                                    # and so is one on the way to the folder
+    assert get(tmp_path / "way", "--files=*") == 0 and (to / "real" / "model.safetensors").read_bytes() == BIG
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The disk, kills, company
+
+
+def test_a_disk_without_room(hub, tmp_path, monkeypatch, capsys):
+    name = only(hub)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=999_999))
+    assert get(tmp_path) == 2 and "needs 0.00 GB" in (line := error_of(capsys)) and "make room" in line
+    assert hub.asked() == []                                             # found out before the file was started
+    (tmp_path / (name + ".part")).write_bytes(BIG[:1])
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files            # one byte less is needed
+
+
+def test_a_disk_that_fills_up_on_the_way(hub, tmp_path, monkeypatch, capsys):
+    name = only(hub)
+    copy = download.copy
+
+    class Full:
+        def __init__(self, out):
+            self.out = out
+
+        def write(self, data):
+            if os.fstat(self.out.fileno()).st_size > 400_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.out.write(data[:1000])                           # a write may also take less than it is given
+
+    monkeypatch.setattr(download, "copy", lambda response, out, *rest: copy(response, Full(out), *rest))
+    assert get(tmp_path) == 2 and "the disk is full" in error_of(capsys)
+    kept = held(tmp_path)[name + ".part"]
+    assert len(kept) > 400_000 and BIG.startswith(kept)
+    monkeypatch.setattr(download, "copy", copy)
+    assert get(tmp_path) == 0 and held(tmp_path) == hub.files and hub.asked()[-1] == (name, f"bytes={len(kept)}-")
+
+
+def start(hub, to):
+    return subprocess.Popen([sys.executable, "-u", str(ROOT / "download.py"), "me/model", f"--to={to}",
+                             f"--endpoint={hub.endpoint}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_bytes(part, size):
+    for _ in range(3000):
+        if part.exists() and part.stat().st_size >= size:
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing happened for 30 seconds")
+
+
+def test_sigkill_leaves_a_part_and_the_next_run_asks_for_the_rest(hub, tmp_path):
+    name = only(hub)
+    part = tmp_path / (name + ".part")
+    hub.trouble = [{"hold": 400_000}]
+    process = start(hub, tmp_path)
+    wait_for_bytes(part, 300_000)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    had = part.stat().st_size
+    assert held(tmp_path) == {part.name: BIG[:had]} and had <= 400_000   # and no half file under the real name
+
+    process = start(hub, tmp_path)
+    assert process.communicate()[0].count("fetched") == 1 and process.returncode == 0
+    assert held(tmp_path) == hub.files and hub.asked() == [(name, None), (name, f"bytes={had}-")]
+
+
+def test_two_processes_fetch_once(hub, tmp_path):
+    name = only(hub)
+    hub.trouble = [{"hold": 400_000}]
+    first = start(hub, tmp_path)
+    wait_for_bytes(tmp_path / (name + ".part"), 300_000)
+    second = start(hub, tmp_path)
+    assert "waiting for another process" in second.stdout.readline()
+    hub.gate.set()
+    assert "fetched" in first.communicate()[0] and "already here" in second.communicate()[0]
+    assert held(tmp_path) == hub.files and hub.asked() == [(name, None)]
+
+
+def test_the_one_who_waits_takes_over_from_the_killed(hub, tmp_path):
+    name = only(hub)
+    hub.trouble = [{"hold": 400_000}]
+    first = start(hub, tmp_path)
+    wait_for_bytes(tmp_path / (name + ".part"), 300_000)
+    second = start(hub, tmp_path)
+    assert "waiting for another process" in second.stdout.readline()
+    first.kill()
+    assert "fetched" in second.communicate()[0] and held(tmp_path) == hub.files
+    assert int(hub.asked()[1][1].removeprefix("bytes=").removesuffix("-")) >= 300_000
+    first.communicate()
+
+
+def test_the_progress_line():
+    file = download.File("model.safetensors", 4_000_000_000, True, "")
+    line = download.progress(file, have=1_000_000_000, new=500_000_000, seconds=10.0)
+    assert line == "model.safetensors  1,000.0 of 4,000.0 MB  50.0 MB/s  0:01:00 left"
+    download.progress(file, 0, 0, 0.0)                                   # no division by zero
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+KEYS = {"stage": str, "name": str, "published": str, "file": str, "path": str, "rows": (int, type(None)),
+        "rows_to": (int, type(None)), "licence": (str, type(None)), "images": (str, type(None)),
+        "images_from": (str, type(None)), "prepare": (str, type(None)), "source": str, "unclear": (str, type(None))}
+TABLE_10 = {
+    "align": "LLaVA-1.5-Pretrain",
+    "d2d": "ALLaVA-Caption-4V, ShareGPT4V-PT, MIMIC-IT, LVIS, LRV, SViT",
+    "d2s": "ShareGPT4V-100K, TextCaps, LLaVA-1.5-Instruct, GQA, VQAv2, OKVQA, Visual Genome, RefCOCO, AI2D, ScienceQA, "
+           "DVQA, ChartQA, DocQA, OCRVQA, SynthDoG-EN, A-OKVQA, GeoQA+",
+    "pd": "RLAIF-V",
+}
+
+
+def config_of(stage):
+    return runpy.run_path(str(ROOT / "config" / f"{stage}.py"))
+
+
+def test_every_entry_of_the_manifest():
+    entries = download.read_manifest("all")
+    for entry in entries:
+        assert list(entry) == list(KEYS)
+        for key, kind in KEYS.items():
+            assert isinstance(entry[key], kind) and entry[key] != "", (entry["name"], key)
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry["published"]) or entry["published"].startswith("https://")
+        assert (entry["rows"] is None) == (entry["rows_to"] is None)
+        assert entry["rows"] is None and entry["unclear"] or entry["rows"] > 0 and entry["rows"] % entry["rows_to"] == 0
+        assert entry["licence"] or entry["unclear"]                      # what is not known is said to be unknown
+    assert len({(entry["stage"], entry["name"]) for entry in entries}) == len(entries)
+
+
+def test_the_manifest_has_table_10_and_the_teacher():
+    names = {}
+    for entry in download.read_manifest("all"):
+        names.setdefault(entry["stage"], set()).add(entry["name"])
+    for stage, expected in TABLE_10.items():
+        assert names[stage] == set(expected.split(", "))
+    configs = {path.stem for path in (ROOT / "config").glob("*.py")}
+    assert set(names) == configs - {"sft"}                               # which trains on d2d's files
+    assert config_of("sft")["data"] == config_of("d2d")["data"]
+
+
+def test_the_manifest_and_the_configs_name_the_same_files():
+    for stage in ["align", "d2d", "d2s", "pd", "teacher_align", "teacher_sft"]:
+        config, entries = config_of(stage), download.read_manifest(stage)
+        assert {entry["path"] for entry in entries} == set(config["data"].split(","))
+        assert all(entry["images"].startswith((config["image_dir"], "inside")) for entry in entries)
+
+
+def test_rows_are_counted_as_json_counts_them(tmp_path):
+    turns = [{"from": "human", "value": '"conversations": and "chosen" :\\'}, {"from": "gpt", "value": "conversations"}]
+    nasty = {"id": '"conversations":', "conversations": turns}
+    pair = {"question": "chosen", "chosen": "chosen", "rejected": '"chosen":'}
+    for rows in [[], [nasty] * 7, [pair] * 5]:
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        (tmp_path / "b.json").write_text(json.dumps(rows, indent=2).replace('":', '" :'))
+        (tmp_path / "c.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+        assert [download.count_rows(tmp_path / name) for name in ["a.json", "b.json", "c.jsonl"]] == [len(rows)] * 3
+    text = json.dumps([nasty, nasty])
+    for cut in [1, 8, 16, 17, 40]:                                       # a block of 16 MiB ends in or soon after a key
+        (tmp_path / "d.json").write_text(" " * ((1 << 24) - text.index('"conversations": [') - cut) + text)
+        assert download.count_rows(tmp_path / "d.json") == 2
+
+
+def test_the_dry_run_lines(tmp_path):
+    paths = config_of("d2d")["data"].split(",")
+    absent = download.check_manifest("d2d", ",".join(paths), tmp_path)
+    assert [line.split(":")[0] for line in absent if not line.startswith(" ")] == paths
+    assert sum("absent" in line for line in absent) == 3 and any("unclear" in line for line in absent)
+
+    (tmp_path / "data" / "d2d").mkdir(parents=True)
+    (tmp_path / paths[0]).write_text(json.dumps([{"conversations": []}] * 1234))
+    line = download.check_manifest("d2d", f"{paths[0]}:0.5", tmp_path)[0]    # a weight is not part of the name
+    assert "1,234 rows" in line and "ShareGPT4V-PT about 1,246,000" in line and "absent" not in line
+    last = download.check_manifest("d2d", paths[0], tmp_path)[-1]
+    assert "not in data" in last and "SViT" in last and "ShareGPT4V-PT" not in last
+
+    assert "ShareGPT4V-PT" in download.check_manifest("sft", paths[0], tmp_path)[0]
+    align = download.check_manifest("align", config_of("teacher_align")["data"], tmp_path)
+    assert align[0].count("LLaVA-1.5-Pretrain") == 1 and "0.6M" in align[1]    # and not teacher_align's as well
+    assert "not a file of the paper" in download.check_manifest("d2d", "data/tiny/train/d2d.json", tmp_path)[0]
+
+
+def test_the_manifest_is_printed(capsys):
+    assert download.main(["--manifest=d2d"]) == 0
+    text = capsys.readouterr().out
+    for entry in download.read_manifest("d2d"):
+        for key in ("name", "published", "path", "licence", "unclear"):
+            assert (entry[key] or "") in text

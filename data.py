@@ -298,6 +298,7 @@ class RowData(torch.utils.data.Dataset):
                     self.rows.append(([os.path.join(image_dir, name) for name in names], sides))
                     self.lengths.append(max(len(ids) for ids, _ in kept))
             self.sources.append((first, len(self.rows), weight))
+        self.fingerprint = f"{len(self.lengths)} {sum(self.lengths)} {max_length}"  # TEMPORARY
 
         if cut or too_long:
             long = len(cut) + len(too_long)

@@ -58,6 +58,7 @@ class SparseFFN(nn.Module):
             weight_NA = weight_NA / weight_NA.sum(-1, keepdim=True)
         return weight_NA, Routing(probs_NE, expert_NA)
 
+    @torch.compiler.disable(recursive=False)    # sizes depend on the data: under torch.compile only the experts are compiled
     def forward(self, x_BTD: torch.Tensor, real_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
         """(B, T, D) -> (B, T, D) and the routing of the tokens where `real_BT` is true (None: of all tokens).
 

@@ -180,7 +180,8 @@ def dictate(teacher: Llava, batch: dict, config: Config, vocabulary: int) -> tup
         chosen_and_rejected = ask_teacher(teacher, batch, features, config).view(2, -1).T            # (B, 2)
         return {"teacher_logprobs": chosen_and_rejected}, [1] * len(chosen_and_rejected)
     hidden, where, _ = states_to_learn(teacher, batch, features, config)
-    parts = [top_k(teacher.decoder.head(some)[:, :vocabulary], config.teacher_top_k) for some in hidden.split(256)]
+    k = min(config.teacher_top_k, vocabulary)
+    parts = [top_k(teacher.decoder.head(some)[:, :vocabulary], k) for some in hidden.split(256)]
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
     return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, where.sum(1).tolist())
 
@@ -601,8 +602,9 @@ def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
     """What stands for the files that a rank has read: were they the same on every machine?"""
     found = {"data": hashlib.sha256(repr((dataset.lengths, dataset.sources)).encode()).hexdigest()[:12]}
     for key in ("student", "teacher", "vision", "llm"):
-        if config[key]:
-            found[f"{key}'s config.json"] = hashlib.sha256((Path(config[key]) / "config.json").read_bytes()).hexdigest()[:12]
+        path = Path(config[key]) / "config.json"
+        if config[key] and path.is_file():                           # with a teacher_cache, the teacher may be gone
+            found[f"{key}'s config.json"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return found
 
 

@@ -5,6 +5,7 @@ interrupted run ends where an uninterrupted one does.
     python -m pytest tests/test_train.py
 """
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def command_line(arguments, nproc=None):
 
 
 def run(arguments, nproc=None):
-    return subprocess.run(command_line(arguments, nproc), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command_line(arguments, nproc), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -293,3 +294,12 @@ def test_bfloat16_runs_every_stage(world, tmp_path):
         train.main(flags(world, stage, tmp_path / f"{stage}16", max_steps=1, dtype="bfloat16"))
         a, b = records(tmp_path / f"{stage}32")[0], records(tmp_path / f"{stage}16")[0]
         assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for the CPU")
+def test_compiled_layers_give_the_same_loss_curve(world, tmp_path):
+    train.main(flags(world, "d2s", tmp_path / "plain", max_steps=2))
+    done = run(flags(world, "d2s", tmp_path / "compiled", max_steps=2, compile=True))
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)

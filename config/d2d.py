@@ -8,15 +8,23 @@
 #   loss      eq. 6 prints minus the forward KL; text and code mean plus               -> KL(teacher || student)
 #   mask      the code distils one position late                                       -> the shifted, right one
 #   AdamW     Table 11 betas (0.9, 0.98), eps 1e-6; scripts: torch's defaults          -> Table 11
-#   rows      paper 2.4M; the files that the official guide names add up to about 2.7M -> whatever you list below
+#   rows      paper 2.4M; the files that the official guide names add up to about 2.7M -> those, the paper's number of steps
 stage = "d2d"
 student = "out/2b/align"
 teacher = "out/teacher/sft"     # Qwen1.5-7B, see teacher_sft.py
-data = "data/d2d/share_captioner.json,data/d2d/allava_caption_laion.json,data/d2d/svit_lvis_lrv_mimicit.json"
+data = ",".join([
+    "data/d2d/allava_laion/ALLaVA-Caption-LAION-4V.json",
+    "data/d2d/share-captioner_coco_lcs_sam_1246k_1107.json",
+    "data/d2d/train_json/svit_tune_157k.json",
+    "data/d2d/train_json/lvis_tune_220k_.json",
+    "data/d2d/train_json/lrv_tune_331k.json",
+    "data/d2d/train_json/la_tune_256k.json",
+])
 image_dir = "data/images"
 out_dir = "out/2b/d2d"
 
-batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches; 2.4M rows / 128 = 18,750 steps
+batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches
+max_steps = 18750               # 2.4M rows / 128
 micro_batch_size = 2
 learning_rate = 2e-5
 max_length = 2048

@@ -10,11 +10,22 @@
 #   weights   eq. 4 keeps the raw router weights, the code renormalises the top two    -> the code (norm_topk)
 #   learns    paper: experts, routers, adaptor; code also the FFNs of the dense layers -> the paper (train_dense_ffn)
 #   balance   the paper names none; the code adds 0.01 times it, here twice            -> once, 0.01
+#   rows      paper 1.4M, the files that the official guide names hold about 3.7M      -> those, the paper's number of steps
 #   loss      the official guide prints the dense-to-dense settings here, the script KL + cross-entropy -> the script, eq. 7
 stage = "d2s"
 student = "out/2b/d2d"
 teacher = "out/teacher/sft"
-data = "data/d2s/mobilevlm_v2_ft_mix2m.json,data/d2s/internvl_chat_v1_2_sft.json"   # 1.4M rows of 17 datasets, Table 10
+data = ",".join([
+    "data/d2s/sharegpt4v_instruct_gpt4-vision_cap100k.jsonl",
+    "data/d2s/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.jsonl",
+    "data/d2s/ai2d_train_12k.jsonl",
+    "data/d2s/MobileVLM_V2_FT_Mix2M.json",
+    "data/d2s/dvqa_train_200k.jsonl",
+    "data/d2s/chartqa_train_18k.jsonl",
+    "data/d2s/docvqa_train_10k.jsonl",
+    "data/d2s/synthdog_en.jsonl",
+    "data/d2s/geoqa+.jsonl",
+])
 image_dir = "data/images"
 out_dir = "out/2b/d2s"
 
@@ -23,7 +34,8 @@ top_k = 2
 moe_layers = "even"
 balance_coef = 0.01
 
-batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches; 1.4M rows / 128 = 10,937 steps
+batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches
+max_steps = 10937               # 1.4M rows / 128
 micro_batch_size = 2
 learning_rate = 2e-5
 max_length = 2048

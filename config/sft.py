@@ -8,11 +8,19 @@
 # routers only; Table 6 could be affected.) Hardware: 16 A100s of 80 GB.
 stage = "sft"
 student = "out/2b/align"
-data = "data/d2d/share_captioner.json,data/d2d/allava_caption_laion.json,data/d2d/svit_lvis_lrv_mimicit.json"
+data = ",".join([
+    "data/d2d/allava_laion/ALLaVA-Caption-LAION-4V.json",
+    "data/d2d/share-captioner_coco_lcs_sam_1246k_1107.json",
+    "data/d2d/train_json/svit_tune_157k.json",
+    "data/d2d/train_json/lvis_tune_220k_.json",
+    "data/d2d/train_json/lrv_tune_331k.json",
+    "data/d2d/train_json/la_tune_256k.json",
+])
 image_dir = "data/images"
 out_dir = "out/2b/sft"
 
 batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches, as in d2d.py
+max_steps = 18750
 micro_batch_size = 2
 learning_rate = 2e-5
 max_length = 2048

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -379,7 +380,9 @@ def test_long_rows_are_cut_or_dropped_and_named(world):
             row("no answer", "Hi"),
             row("second answer cut off", "Hi", "Ho", "Really?", "Yes.")]
     data = dataset(InstructionData, world, world(rows), max_length=base)
-    assert data.lengths == [base, base, base] and data.sources == [(0, 3, 1.0)]
+    assert data.lengths.tolist() == [base, base, base] and data.lengths.dtype == np.int32
+    assert data.sources == [(0, 3, 1.0)] and [data.describe(i) for i in range(3)] == [
+        f"{world.folder / 'rows.json'} row {number}" for number in (0, 1, 5)]
     assert [len(data[i]["input_ids"]) for i in range(3)] == [len(data[i]["mask"]) for i in range(3)] == [base] * 3
     assert data[2]["input_ids"] == data[0]["input_ids"] and sum(data[1]["mask"]) == 2
     file = str(world.folder / "rows.json")
@@ -390,7 +393,8 @@ def test_long_rows_are_cut_or_dropped_and_named(world):
 
     # a cut through the middle of an image drops the row as well
     whole = len(render(turns("Hi", "Ho", "<image>", "A cat."), qwen_tokenizer(), "vicuna", 4)[0])
-    middle = [dataset(InstructionData, world, world([rows[0], rows[3]]), max_length=whole - n) for n in range(14)]
+    two = world([rows[0], rows[3]], "two.json")
+    middle = [dataset(InstructionData, world, two, max_length=whole - n) for n in range(14)]
     assert [len(data) for data in middle] == [2] * 9 + [1] * 5
     for data in middle:
         assert all(data[i]["input_ids"].count(151646) == 4 * len(data[i]["images"]) for i in range(len(data)))
@@ -468,24 +472,25 @@ def test_bad_preference_rows(world, bad, expected):
     ("x.json", b'{"id": 1}\n{"id": 2}\n',
      "x.json line 2: malformed JSON, Extra data at column 1; one object per line? then name the file .jsonl"),
     ("x.json", b'{"rows": []}', 'x.json: found {"rows": []}, expected a list of rows'),
-    ("x.json", b'["\xff"]', "x.json: malformed JSON, 'utf-8' codec can't decode byte 0xff"),
-    ("x.json", b"[" * 200_000, "x.json: malformed JSON, maximum recursion depth exceeded"),
-    ("x.json", b"[" + b"1" * 5000 + b"]", "x.json: malformed JSON, Exceeds the limit"),
+    ("x.json", b'[{"a": "\xc3\xa9"},\n "\xc3\xa9\xff"]',
+     "x.json line 2: malformed JSON, bytes that are not UTF-8 at column 4"),
+    ("x.json", b"[" * 200_000, "x.json line 1: malformed JSON, maximum recursion depth exceeded"),
+    ("x.json", b"[" + b"1" * 5000 + b"]", "x.json line 1: malformed JSON, Exceeds the limit"),
     ("x.jsonl", b'{"id": 1}\n\n{"id": 2\n', "x.jsonl line 3: malformed JSON, "),
     ("x.jsonl", b'{"id": 1}\n{"id": 2} {"id": 3}\n', "x.jsonl line 2: malformed JSON, Extra data at column 11"),
 ])
 def test_malformed_files(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_rows(str(tmp_path / name))
+        list(read_rows(str(tmp_path / name)))
     assert str(caught.value).startswith(str(tmp_path / expected)) and "\n" not in str(caught.value)
 
 
 def test_missing_files_and_blank_lines(tmp_path):
     with pytest.raises(DataError, match="gone.json: cannot be read .No such file or directory"):
-        read_rows(str(tmp_path / "gone.json"))
+        list(read_rows(str(tmp_path / "gone.json")))
     (tmp_path / "x.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n\n')
-    assert read_rows(str(tmp_path / "x.jsonl")) == [{"id": 1}, {"id": 2}]
+    assert list(read_rows(str(tmp_path / "x.jsonl"))) == [(0, 9, {"id": 1}), (11, 9, {"id": 2})]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the order of batches
@@ -625,4 +630,5 @@ def test_an_image_that_breaks_later_is_one_line_from_a_worker_too(world, num_wor
         for _ in batches(data, sampler, 2, 0, 1, 0, 3, num_workers, functools.partial(collate, pad_token_id=0)):
             pass
     line = str(caught.value)
-    assert line.startswith(f"{world.folder / 'a.png'}: not a readable image") and "\n" not in line
+    assert re.match(rf"{world.folder}/rows.json row \d+: {world.folder}/a.png: not a readable image", line)
+    assert "\n" not in line

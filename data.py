@@ -16,18 +16,30 @@ The mask is the whole point. Only what the assistant says, and the token with wh
 distilled; system text, questions and image positions are context. A mask that is one token off is the classic
 silent bug of this trade, so one function, `render`, owns it. See its work with `show(ids, mask, tokenizer)`.
 
-Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. files to datasets, 4. samples to batches,
-5. the order of batches. B = batch, T = tokens, N = images of a batch, S = image side in pixels.
+Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. files to rows, 4. the index of a file,
+5. rows to samples, 6. samples to batches, 7. the order of batches. B = batch, T = tokens, N = images of a batch,
+S = image side in pixels.
 """
+import array
+import codecs
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
+import signal
+import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
@@ -131,7 +143,10 @@ def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
 
 def shorten(value):
     """A found value as JSON, short enough for a one-line message."""
-    text = json.dumps(value, default=repr)
+    try:
+        text = json.dumps(value, default=repr)
+    except RecursionError:
+        text = f"a {type(value).__name__} of hundreds of levels"
     return text if len(text) <= 60 else text[:57] + "..."
 
 # --------------------------------------------------------------------------------------------------------------
@@ -188,7 +203,7 @@ def load_image(path: str) -> Image.Image:
         raise DataError(f"{path}: not a readable image ({reason}); replace the file") from None
 
 # --------------------------------------------------------------------------------------------------------------
-# 3. Files to datasets
+# 3. Files to rows
 
 
 def parse_sources(text: str) -> list[tuple[str, float]]:
@@ -214,30 +229,225 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     return sources
 
 
-def read_rows(path: str) -> list:
-    """The rows of a .json file (one list) or of a .jsonl file (one row per line; blank lines do not count)."""
-    line = 0
+WINDOW = 1 << 20  # bytes of a file that are read at a time
+LOOK_AHEAD = 16   # characters whose meaning can depend on what comes next, and more: 1.|5, -Infin|ity, \ud8|3d
+SPACE = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
+
+
+def read_rows(path: str) -> Iterator[tuple[int, int, object]]:
+    """
+    Yield (byte offset, byte size, row) for each row of a .json file, which is one list, or of a .jsonl file, which has
+    one row per line (blank lines do not count). Only a window of the file is in memory, however large it is.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            if not path.endswith(".jsonl"):
-                rows = json.load(file)
-            else:
-                rows = []
-                for line, row in enumerate(file, start=1):
-                    if row.strip():
-                        rows.append(json.loads(row))
+        with open(path, "rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:
+                raise DataError(f"{path} line 1: malformed JSON, a byte order mark; save the file as UTF-8 without one")
+            file.seek(0)
+            yield from (read_lines if path.endswith(".jsonl") else read_list)(path, file)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except json.JSONDecodeError as error:
-        place = f"{path} line {line or error.lineno}"
-        hint = "; one object per line? then name the file .jsonl" if error.msg == "Extra data" and not line else ""
-        raise DataError(f"{place}: malformed JSON, {error.msg} at column {error.colno}{hint}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, a million brackets
-        place = f"{path} after line {line}" if line else path
-        raise DataError(f"{place}: malformed JSON, {' '.join(str(error).split())}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: found {shorten(rows)}, expected a list of rows")
-    return rows
+        raise unreadable(path, error) from None
+
+
+def unreadable(path, error):
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the path")
+
+
+def read_lines(path, file):
+    offset = 0
+    for number, line in enumerate(file):
+        window = Window(path, io.BytesIO(line.rstrip(b"\r\n")), offset, number)
+        if window.peek():
+            row = window.take()
+            if window.peek():
+                window.fail("Extra data", window.at)
+            yield row
+        offset += len(line)
+
+
+def read_list(path, file):
+    window = Window(path, file)
+    if window.peek() != "[":
+        _, _, value = window.take()
+        if not window.peek():
+            raise DataError(f"{path}: found {shorten(value)}, expected a list of rows")
+        window.fail("Extra data", window.at, hint="; one object per line? then name the file .jsonl")
+    window.at += 1
+    mark = window.peek()
+    while mark != "]":
+        yield window.take()
+        mark = window.peek()
+        if mark not in (",", "]"):
+            window.fail("Expecting ',' delimiter", window.at)
+        if mark == ",":
+            window.at += 1
+    window.at += 1
+    if window.peek():
+        window.fail("Extra data", window.at, hint="; one object per line? then name the file .jsonl")
+
+
+class Window:
+    """
+    The part of a JSON file that we look at, and where in it we stand. It slides on and grows to the value being read.
+
+    Its text is the file's bytes as Latin-1, one character per byte. Brackets, commas and quotes are ASCII, and no byte
+    of a longer UTF-8 character is, so the decoder finds the same values, and every position is a byte offset.
+    """
+
+    def __init__(self, path, file, offset=0, line=0):
+        self.path, self.file, self.text, self.at = path, file, "", 0
+        self.offset, self.line, self.column = offset, line, 0  # of the window's first character in the file, from 0
+
+    def more(self):
+        """Read on; False at the end of the file."""
+        data = self.file.read(max(WINDOW, len(self.text)))  # doubles, so that a long row is not decoded too often
+        self.text += data.decode("latin-1")
+        return bool(data)
+
+    def peek(self):
+        """Step over white space, to the next character; that is "" at the end of the file."""
+        self.at = SPACE.match(self.text, self.at).end()
+        while self.at == len(self.text) and self.more():
+            self.at = SPACE.match(self.text, self.at).end()
+        return self.text[self.at:self.at + 1]
+
+    def take(self):
+        """Step over the next value -> (its byte offset, its byte size, the value)."""
+        self.peek()
+        if self.at > WINDOW:  # slide
+            self.line, self.column = self.place(self.at)
+            self.offset, self.text, self.at = self.offset + self.at, self.text[self.at:], 0
+        while True:
+            try:
+                _, end = DECODER.raw_decode(self.text, self.at)
+                if end + LOOK_AHEAD > len(self.text) and self.more():
+                    continue
+                data = self.text[self.at:end].encode("latin-1")
+                value = json.loads(data.decode())
+                break
+            except json.JSONDecodeError as error:  # wrong, or just not read to its end yet
+                is_cut = error.pos + LOOK_AHEAD > len(self.text) or error.msg.startswith("Unterminated string")
+                if not is_cut or not self.more():
+                    self.fail(error.msg, error.pos)
+            except UnicodeDecodeError as error:
+                self.fail("bytes that are not UTF-8", self.at + error.start)
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a million brackets
+                self.fail(" ".join(str(error).split()), self.at)
+        offset, self.at = self.offset + self.at, end
+        return offset, len(data), value
+
+    def place(self, at):
+        """Line and column of a position, in characters of the file, from 0."""
+        passed = self.text[:at]
+        column = len(passed[passed.rfind("\n") + 1:].encode("latin-1").decode(errors="replace"))
+        return self.line + passed.count("\n"), column + (0 if "\n" in passed else self.column)
+
+    def fail(self, found, at, hint=""):
+        line, column = self.place(at)
+        raise DataError(f"{self.path} line {line + 1}: malformed JSON, {found} at column {column + 1}{hint}") from None
+
+# --------------------------------------------------------------------------------------------------------------
+# 4. The index of a file
+
+# The columns of an index. A row is usable if max_length is at least `need`: then it keeps all its image tokens and
+# something to learn (a pair: everything). need = 0: there is nothing to learn in it at any length.
+COLUMNS = {"offset": np.int64, "size": np.int32,  # where the row's JSON stands in the file, in bytes
+           "tokens": np.int32,  # of the whole row, image tokens included; for a pair, of its longer side
+           "need": np.int32}
+INDEX_VERSION = 1  # a new number makes all existing indexes be built again
+
+
+def open_index(path: str, settings: dict, measure: Callable) -> tuple[dict, dict]:
+    """
+    A data file's index -> (its columns, what it says about the file: its size, time and SHA-256).
+
+    Millions of rows are too many to tokenise at every start, and too many to hold in memory. So every row is checked
+    and measured once, and what is needed to choose and find rows, 20 bytes of each, is kept beside the file as
+    FILE.<8 hex digits>.index. The digits are a digest of what the numbers depend on: the tokenizer, the template, ...
+    but not max_length, which is compared with `need`. When the data file has changed, its index is built again.
+    """
+    key = digest([INDEX_VERSION, settings])
+    index = f"{path}.{key[:8]}.index"
+    try:
+        wanted = {"key": key, **stamp(path)}
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if os.path.exists(index):
+        try:
+            with safe_open(index, "np") as file:
+                columns, about = {name: file.get_tensor(name) for name in COLUMNS}, file.metadata()
+            if about.pop("seal") != seal(columns, about):
+                raise ValueError("its checksum is wrong")
+        except Exception as error:  # bytes that broke make safetensors raise nearly anything
+            print(f"{index}: damaged ({' '.join(str(error).split())}); building it again", file=sys.stderr)
+        else:
+            if wanted.items() <= about.items():
+                return columns, about
+            print(f"{path}: changed since it was indexed; building its index again", file=sys.stderr)
+    return build_index(path, index, wanted, measure)
+
+
+def build_index(path, index, about, measure):
+    temporary = f"{index}.{uuid.uuid4().hex}.tmp"  # unique, since two machines may build the same index at once
+    try:
+        open(temporary, "x").close()  # if this is impossible, say so now and not after the last row
+        columns, about["sha256"] = measure_rows(path, measure)
+        if not stamp(path).items() <= about.items():
+            raise DataError(f"{path}: changed while it was being indexed; start again when it is complete")
+        save_file(columns, temporary, {**about, "seal": seal(columns, about)})
+        os.replace(temporary, index)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: no index can be written beside it ({getattr(error, 'strerror', error)}); "
+                        "make the folder writable, or copy the file into one that is") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return columns, about
+
+
+def measure_rows(path, measure):
+    columns = {name: array.array(np.dtype(dtype).char) for name, dtype in COLUMNS.items()}
+    seen = set()  # image files known to exist
+    size, began, told = os.path.getsize(path), time.time(), time.time()
+    for number, (offset, length, raw) in enumerate(read_rows(path)):
+        try:
+            tokens, need = measure(raw, seen)
+        except DataError as error:
+            raise DataError(f"{name_row(path, number, raw)}: {error}") from None
+        for column, value in zip(columns.values(), [offset, length, tokens, need]):
+            column.append(value)
+        if time.time() - told > 5:
+            told = time.time()
+            print(f"{path}: {number + 1:,} rows indexed, {(number + 1) / (told - began):,.0f} a second, "
+                  f"{offset / size:.0%} of the file", file=sys.stderr)
+    with open(path, "rb") as file:
+        contents = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: np.array(column, COLUMNS[name]) for name, column in columns.items()}, contents
+
+
+def name_row(path, number, raw):
+    """FILE row N id ID, for messages. N counts from 0: json.load(file)[N]."""
+    return f"{path} row {number}" + (f" id {shorten(raw.get('id', raw.get('idx')))}" if isinstance(raw, dict) else "")
+
+
+def stamp(file):
+    """What is different when a file (a path, or an open one's number) is no longer the same."""
+    stat = os.stat(file)
+    return {"size": str(stat.st_size), "mtime_ns": str(stat.st_mtime_ns)}
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(columns, about):
+    """A checksum over everything in an index."""
+    contents = [(str(column.dtype), hashlib.sha256(column.tobytes()).hexdigest()) for column in columns.values()]
+    return digest([about, contents])
+
+# --------------------------------------------------------------------------------------------------------------
+# 5. Rows to samples
 
 
 def image_names(value):
@@ -251,68 +461,82 @@ def image_names(value):
 
 class RowData(torch.utils.data.Dataset):
     """
-    What both datasets share: read all files, check every row and learn its length, before any training starts.
+    What both datasets share: open the index of every file, choose the rows that max_length leaves usable, and read
+    those from their file one at a time, when they are asked for.
 
     An instruction row is one conversation, a preference row is two about the same images. A subclass says how to
-    get them out of a raw row (`parse`), and what to do with a sequence that is too long (`fit`).
+    get them out of a raw row (`parse`), what a row needs of max_length (`need`), and what a sample is.
 
     A row that is *wrong* stops everything with a DataError that names it. A row that is right but unusable, too
     long or without anything to learn, is cut or dropped, and counted: print `notes`, one line for each such group.
 
-    rows      [(image paths, conversations)], the rows kept
-    lengths   tokens of each row kept, image tokens included; for a pair, of its longer side
-    sources   [(first row, last row + 1, weight)] of each file, for the Sampler
+    lengths      tokens of each row kept, image tokens included; for a pair, of its longer side
+    sources      [(first row, last row + 1, weight)] of each file, for the Sampler
+    fingerprint  the same for two datasets of the same files with the same rows kept and tokenised in the same way
     """
 
     def __init__(self, files: list[tuple[str, float]], image_dir: str, tokenizer: Tokenizer, template: str,
                  image_tokens: int, image_size: int, max_length: int):
         self.image_dir, self.tokenizer, self.template = image_dir, tokenizer, template
         self.image_tokens, self.image_size, self.max_length = image_tokens, image_size, max_length
-        self.rows, self.lengths, self.sources, self.notes = [], [], [], []
-        seen, total = set(), 0  # image files known to exist; rows read
-        cut, too_long, silent = [], [], []  # where the rows stand that we report
+        self.paths = [path for path, _ in files]
+        settings = {"rows": type(self).__name__, "tokenizer": digest(tokenizer.to_str()),
+                    "template": [template, TEMPLATES.get(template)], "image_tokens": image_tokens}
+        here = {**settings, "image_dir": os.path.abspath(image_dir)}  # whose images are there; not part of the data
+        indexes, self.abouts = zip(*[open_index(path, here, self.measure) for path in self.paths])
+        self.fingerprint = digest([settings, max_length, [about["sha256"] for about in self.abouts]])
 
-        for path, weight in files:
-            first = len(self.rows)
-            for index, raw in enumerate(read_rows(path)):
-                total += 1
-                where = f"{path} row {index}"  # counted from 0: json.load(file)[index]
-                try:
-                    if not isinstance(raw, dict):
-                        raise DataError(f"found {shorten(raw)}, expected an object")
-                    where += f" id {shorten(raw.get('id', raw.get('idx')))}"
-                    names, sides = self.parse(raw)
-                    sequences = [self.encode(side) for side in sides]
-                    self.check_images(names, sides[0], seen)
-                except DataError as error:
-                    raise DataError(f"{where}: {error}") from None
+        rows = {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}  # of all files in a row
+        counts = [len(index["need"]) for index in indexes]
+        rows["file"] = np.repeat(np.arange(len(files), dtype=np.int32), counts)
+        rows["number"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
 
-                kept = [self.fit(ids, mask) for ids, mask in sequences]
-                if any(sum(mask) == 0 for _, mask in sequences):
-                    silent.append(where)
-                elif None in kept:
-                    too_long.append(where)
-                else:
-                    if kept != sequences:
-                        cut.append(where)
-                    self.rows.append(([os.path.join(image_dir, name) for name in names], sides))
-                    self.lengths.append(max(len(ids) for ids, _ in kept))
-            self.sources.append((first, len(self.rows), weight))
-        self.fingerprint = f"{len(self.lengths)} {sum(self.lengths)} {max_length}"  # TEMPORARY
-
-        if cut or too_long:
-            long = len(cut) + len(too_long)
-            self.notes.append(f"{long:,} of {total:,} rows are longer than max_length={max_length}: {len(cut):,} cut, "
-                              f"{len(too_long):,} dropped since {self.why_dropped} (first: {(too_long + cut)[0]})")
-        if silent:
-            self.notes.append(f"{len(silent):,} of {total:,} rows have no answer to learn from and are dropped "
-                              f"(first: {silent[0]})")
-        if not self.rows:
+        silent, too_long = rows["need"] == 0, rows["need"] > max_length
+        usable = ~(silent | too_long)
+        cut = usable & (rows["tokens"] > max_length)
+        self.notes = []
+        if cut.any() or too_long.any():
+            first = self.name(rows, np.argmax(too_long if too_long.any() else cut))
+            self.notes.append(f"{(cut | too_long).sum():,} of {len(cut):,} rows are longer than "
+                              f"max_length={max_length}: {cut.sum():,} cut, {too_long.sum():,} dropped since "
+                              f"{self.why_dropped} (first: {first})")
+        if silent.any():
+            self.notes.append(f"{silent.sum():,} of {len(silent):,} rows have no answer to learn from and are dropped "
+                              f"(first: {self.name(rows, np.argmax(silent))})")
+        if not usable.any():
             found = "; ".join(self.notes) or "the files are empty"
-            raise DataError(f"{', '.join(path for path, _ in files)}: no row left to train on: {found}")
+            raise DataError(f"{', '.join(self.paths)}: no row left to train on: {found}")
 
-    def encode(self, conversation):
-        return render(conversation, self.tokenizer, self.template, self.image_tokens)
+        self.rows = {name: rows[name][usable] for name in ["file", "number", "offset", "size"]}
+        self.lengths = np.minimum(rows["tokens"][usable], max_length, dtype=np.int32)
+        stops = np.cumsum(np.bincount(self.rows["file"], minlength=len(files))).tolist()
+        self.sources = [(start, stop, weight) for start, stop, (_, weight) in zip([0, *stops], stops, files)]
+
+    def measure(self, raw, seen):
+        """Check everything about a raw row -> its `tokens` and `need` in the index."""
+        if not isinstance(raw, dict):
+            raise DataError(f"found {shorten(raw)}, expected an object")
+        names, sides = self.parse(raw)
+        tokens, needs = zip(*[self.measure_side(side) for side in sides])
+        self.check_images(names, sides[0], seen)
+        return max(tokens), 0 if 0 in needs else max(needs if self.may_be_cut else tokens)
+
+    def measure_side(self, conversation):
+        """
+        The same for one conversation. Special tokens part the text before BPE sees it, so it is enough to render one
+        token per image, and to count in the others afterwards.
+        """
+        ids, mask = render(conversation, self.tokenizer, self.template, image_tokens=1)
+        image_id = self.tokenizer.token_to_id(IMAGE)
+        images = [position for position, token in enumerate(ids) if token == image_id]
+        others = self.image_tokens - 1
+        tokens = len(ids) + others * len(images)
+        if 1 not in mask:
+            return tokens, 0
+        first = mask.index(1)  # learned token
+        first += others * sum(position < first for position in images)
+        last = images[-1] + others * len(images) if images else 0  # image token
+        return tokens, max(first, last) + 1
 
     def check_images(self, names, conversation, seen):
         """As many <image> as images, and every file there. Whether it can be decoded shows when it is used."""
@@ -326,11 +550,42 @@ class RowData(torch.utils.data.Dataset):
                 raise DataError(f"image {path!r} does not exist; check image_dir and the name")
             seen.add(path)
 
-    def load_images(self, paths):
-        return [transform_image(load_image(path), self.image_size) for path in paths]
+    def read(self, rows, i):
+        """A raw row from its file. Opening the file anew costs little, and works in any worker process."""
+        file, offset, size = [int(rows[name][i]) for name in ["file", "offset", "size"]]
+        path, about = self.paths[file], self.abouts[file]
+        try:
+            with open(path, "rb", buffering=0) as data:
+                is_the_indexed = stamp(data.fileno()).items() <= about.items()
+                text = os.pread(data.fileno(), size, offset)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if not is_the_indexed:
+            raise DataError(f"{path}: changed since it was indexed; start again")
+        try:
+            return json.loads(text.decode())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} bytes {offset} to {offset + size}: not the row that was indexed here, {error}; "
+                            "delete the index and start again") from None
+
+    def name(self, rows, i):
+        return name_row(self.paths[rows["file"][i]], rows["number"][i], self.read(rows, i))
+
+    def describe(self, row: int) -> str:
+        """Where a row comes from, for messages."""
+        return f"{self.paths[self.rows['file'][row]]} row {self.rows['number'][row]}"
+
+    def __getitem__(self, row):
+        names, sides = self.parse(self.read(self.rows, row))
+        try:
+            images = [load_image(os.path.join(self.image_dir, name)) for name in names]
+        except DataError as error:
+            raise DataError(f"{self.describe(row)}: {error}") from None
+        sequences = [render(side, self.tokenizer, self.template, self.image_tokens) for side in sides]
+        return self.sample(sequences, [transform_image(image, self.image_size) for image in images])
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.lengths)
 
 
 class InstructionData(RowData):
@@ -339,23 +594,16 @@ class InstructionData(RowData):
 
     A row longer than max_length is cut on the right, as long as it keeps all its image tokens and something to learn.
     """
-    why_dropped = "no answer is left, or not every image"
+    may_be_cut, why_dropped = True, "no answer is left, or not every image"
 
     def parse(self, raw):
         if "conversations" not in raw:
             raise DataError(f'no "conversations", found the keys {shorten(sorted(raw))}')
         return image_names(raw.get("image")), [raw["conversations"]]
 
-    def fit(self, ids, mask):
-        image_id = self.tokenizer.token_to_id(IMAGE)
-        if sum(mask[:self.max_length]) == 0 or image_id in ids[self.max_length:]:
-            return None
-        return ids[:self.max_length], mask[:self.max_length]
-
-    def __getitem__(self, row):
-        paths, [conversation] = self.rows[row]
-        ids, mask = self.fit(*self.encode(conversation))
-        return {"input_ids": ids, "mask": mask, "images": self.load_images(paths)}
+    def sample(self, sequences, images):
+        [(ids, mask)] = sequences
+        return {"input_ids": ids[:self.max_length], "mask": mask[:self.max_length], "images": images}
 
 
 class PreferenceData(RowData):
@@ -366,7 +614,7 @@ class PreferenceData(RowData):
     A pair that does not fit max_length is dropped, never cut: the loss compares the summed log-probabilities of whole
     answers, and a cut answer is another answer.
     """
-    why_dropped = "a cut answer is another answer"
+    may_be_cut, why_dropped = False, "a cut answer is another answer"
 
     def parse(self, raw):
         for key in ["chosen", "rejected"]:
@@ -387,17 +635,13 @@ class PreferenceData(RowData):
             raise DataError('the human turns of "chosen" and "rejected" differ; a pair answers one question twice')
         return image_names(raw.get("image")), [chosen, rejected]
 
-    def fit(self, ids, mask):
-        return (ids, mask) if len(ids) <= self.max_length else None
-
-    def __getitem__(self, row):
-        paths, sides = self.rows[row]
-        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = [self.encode(side) for side in sides]
+    def sample(self, sequences, images):
+        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = sequences
         return {"chosen_ids": chosen_ids, "chosen_mask": chosen_mask,
-                "rejected_ids": rejected_ids, "rejected_mask": rejected_mask, "images": self.load_images(paths)}
+                "rejected_ids": rejected_ids, "rejected_mask": rejected_mask, "images": images}
 
 # --------------------------------------------------------------------------------------------------------------
-# 4. Samples to batches
+# 6. Samples to batches
 
 
 def collate(samples: list[dict], pad_token_id: int) -> dict:
@@ -437,7 +681,7 @@ def stack_images(samples):
     return torch.stack(images) if images else None  # (N, 3, S, S)
 
 # --------------------------------------------------------------------------------------------------------------
-# 5. The order of batches
+# 7. The order of batches
 
 
 class Sampler:
@@ -452,7 +696,7 @@ class Sampler:
     """
     STRETCH = 50  # batches sorted together: more means less padding and less chance
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0,
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0,
                  sources: list[tuple[int, int, float]] | None = None):
         for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0)]:
             if value < least:
@@ -521,7 +765,8 @@ def micro_batches(rows: list[int], micro_batch_size: int, rank: int = 0, world_s
 
 
 def batches(dataset: RowData, sampler: Sampler, micro_batch_size: int, rank: int, world_size: int,
-            start_step: int, end_step: int, num_workers: int, collate_fn: Callable) -> Iterator[list[dict]]:
+            start_step: int, end_step: int, num_workers: int, collate_fn: Callable,
+            pin_memory: bool = False) -> Iterator[list[dict]]:
     """
     Yield, for each step from start_step to end_step - 1, the list of this rank's collated micro-batches.
     """
@@ -529,24 +774,46 @@ def batches(dataset: RowData, sampler: Sampler, micro_batch_size: int, rank: int
         for step in range(start_step, end_step):
             yield from micro_batches(sampler.batch(step), micro_batch_size, rank, world_size)
 
-    step = []
-    for micro_batch in prefetch(dataset, wanted(), collate_fn, num_workers):
+    step, passes = [], sampler.batch_size // (micro_batch_size * world_size)
+    for micro_batch in prefetch(dataset, wanted(), collate_fn, num_workers, passes, pin_memory):
         step.append(micro_batch)
-        if len(step) * micro_batch_size * world_size == sampler.batch_size:
+        if len(step) == passes:
             yield step
             step = []
 
 
-def prefetch(dataset: RowData, groups: Iterable[list[int]], collate_fn: Callable, num_workers: int) -> Iterator[dict]:
-    """Yield each group of rows, collated. With num_workers > 0 as many processes decode images and keep ahead."""
+def prefetch(dataset: RowData, groups: Iterable[list[int]], collate_fn: Callable, num_workers: int, ahead: int = 1,
+             pin_memory: bool = False) -> Iterator[dict]:
+    """
+    Yield each group of rows, collated. With num_workers > 0 as many processes read rows and decode images, and are at
+    least `ahead` batches ahead. With pin_memory, batches can be copied to a GPU while it computes (`non_blocking`).
+    """
     # batch_size=None: `groups` already says which rows go together. The DataLoader draws a seed for its workers; it
     # gets a generator of its own for that, to leave the global random state as it was.
     loader = DataLoader(MicroBatches(dataset, collate_fn), sampler=groups, batch_size=None, collate_fn=as_it_is,
-                        num_workers=num_workers, generator=torch.Generator())
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+                        num_workers=num_workers, worker_init_fn=leave_signals_to_the_parent, pin_memory=pin_memory,
+                        prefetch_factor=1 + math.ceil(ahead / num_workers) if num_workers else None,
+                        generator=torch.Generator())
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(f"a process that reads the data died ({' '.join(str(error).split())}); "
+                        "if the machine ran out of memory, lower num_workers") from None
+
+
+def leave_signals_to_the_parent(worker):
+    """
+    Ctrl-C and a cluster's SIGTERM go to all processes of a run, and the training loop decides what they mean for it: it
+    may want to finish a step. So a worker goes on, and after a SIGTERM it leaves a little later, without an error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 class MicroBatches:

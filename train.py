@@ -600,7 +600,7 @@ def count_batch(micro: list[dict], student: Llava, config: Config) -> dict[str, 
 
 def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
     """What stands for the files that a rank has read: were they the same on every machine?"""
-    found = {"data": hashlib.sha256(repr((dataset.lengths, dataset.sources)).encode()).hexdigest()[:12]}
+    found = {"data": dataset.fingerprint}
     for key in ("student", "teacher", "vision", "llm"):
         path = Path(config[key]) / "config.json"
         if config[key] and path.is_file():                           # with a teacher_cache, the teacher may be gone
@@ -610,7 +610,6 @@ def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
 
 def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.RowData, ranks: parallel.Ranks) -> str:
     """The rest of a NotFinite's line: which part of the loss, whose gradient, which rows."""
-    describe = getattr(dataset, "describe", lambda row: f"row {row}")
     parts = {name: value for name, value in sums.items() if name in DIVISOR}
     fine = [name for name, value in parts.items() if value.isfinite()]
     broken = [not parallel.piece(p.grad).isfinite().all() for p in learns.values()]
@@ -621,7 +620,7 @@ def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.
         return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "") if items else "none"
 
     return (f"; finite parts of the loss: {some(fine)}, not finite: {some([name for name in parts if name not in fine])}; "
-            f"gradients not finite: {some(names)}; the batch: {some([describe(row) for row in rows])}; the weights were not "
+            f"gradients not finite: {some(names)}; the batch: {some([dataset.describe(row) for row in rows])}; the weights were not "
             "touched, and what was saved before is intact")
 
 

@@ -5,9 +5,16 @@ Compared with: ids and masks written out by hand for Qwen's real tokenizer, the 
 transformers' LlavaProcessor and LlavaImageProcessor, and plain counting. No network; the images are drawn here.
 """
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+import types
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,6 +27,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+import data as data_file
 from data import (DataError, InstructionData, PreferenceData, Sampler, batches, collate, collate_pairs, load_image,
                   micro_batches, parse_sources, read_rows, render, show, transform_image)
 
@@ -379,7 +387,9 @@ def test_long_rows_are_cut_or_dropped_and_named(world):
             row("no answer", "Hi"),
             row("second answer cut off", "Hi", "Ho", "Really?", "Yes.")]
     data = dataset(InstructionData, world, world(rows), max_length=base)
-    assert data.lengths == [base, base, base] and data.sources == [(0, 3, 1.0)]
+    assert data.lengths.tolist() == [base, base, base] and data.lengths.dtype == np.int32
+    assert data.sources == [(0, 3, 1.0)] and [data.describe(i) for i in range(3)] == [
+        f"{world.folder / 'rows.json'} row {number}" for number in (0, 1, 5)]
     assert [len(data[i]["input_ids"]) for i in range(3)] == [len(data[i]["mask"]) for i in range(3)] == [base] * 3
     assert data[2]["input_ids"] == data[0]["input_ids"] and sum(data[1]["mask"]) == 2
     file = str(world.folder / "rows.json")
@@ -390,7 +400,8 @@ def test_long_rows_are_cut_or_dropped_and_named(world):
 
     # a cut through the middle of an image drops the row as well
     whole = len(render(turns("Hi", "Ho", "<image>", "A cat."), qwen_tokenizer(), "vicuna", 4)[0])
-    middle = [dataset(InstructionData, world, world([rows[0], rows[3]]), max_length=whole - n) for n in range(14)]
+    two = world([rows[0], rows[3]], "two.json")
+    middle = [dataset(InstructionData, world, two, max_length=whole - n) for n in range(14)]
     assert [len(data) for data in middle] == [2] * 9 + [1] * 5
     for data in middle:
         assert all(data[i]["input_ids"].count(151646) == 4 * len(data[i]["images"]) for i in range(len(data)))
@@ -468,24 +479,224 @@ def test_bad_preference_rows(world, bad, expected):
     ("x.json", b'{"id": 1}\n{"id": 2}\n',
      "x.json line 2: malformed JSON, Extra data at column 1; one object per line? then name the file .jsonl"),
     ("x.json", b'{"rows": []}', 'x.json: found {"rows": []}, expected a list of rows'),
-    ("x.json", b'["\xff"]', "x.json: malformed JSON, 'utf-8' codec can't decode byte 0xff"),
-    ("x.json", b"[" * 200_000, "x.json: malformed JSON, maximum recursion depth exceeded"),
-    ("x.json", b"[" + b"1" * 5000 + b"]", "x.json: malformed JSON, Exceeds the limit"),
+    ("x.json", b'[{"a": "\xc3\xa9"},\n "\xc3\xa9\xff"]',
+     "x.json line 2: malformed JSON, bytes that are not UTF-8 at column 4"),
+    ("x.json", b"[" * 200_000, "x.json line 1: malformed JSON, maximum recursion depth exceeded"),
+    ("x.json", b"[" + b"1" * 5000 + b"]", "x.json line 1: malformed JSON, Exceeds the limit"),
     ("x.jsonl", b'{"id": 1}\n\n{"id": 2\n', "x.jsonl line 3: malformed JSON, "),
     ("x.jsonl", b'{"id": 1}\n{"id": 2} {"id": 3}\n', "x.jsonl line 2: malformed JSON, Extra data at column 11"),
 ])
 def test_malformed_files(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_rows(str(tmp_path / name))
+        list(read_rows(str(tmp_path / name)))
     assert str(caught.value).startswith(str(tmp_path / expected)) and "\n" not in str(caught.value)
 
 
 def test_missing_files_and_blank_lines(tmp_path):
     with pytest.raises(DataError, match="gone.json: cannot be read .No such file or directory"):
-        read_rows(str(tmp_path / "gone.json"))
+        list(read_rows(str(tmp_path / "gone.json")))
     (tmp_path / "x.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n\n')
-    assert read_rows(str(tmp_path / "x.jsonl")) == [{"id": 1}, {"id": 2}]
+    assert list(read_rows(str(tmp_path / "x.jsonl"))) == [(0, 9, {"id": 1}), (11, 9, {"id": 2})]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the index of a file
+
+
+MIXED = [row("é", "<image>\nWas ist das? 中文", "Eine Kätzchen 😀 \\ \" ]", image="a.png"), row(1, "Hi", "Ho " * 9),
+         row(2, "Hi", extra=[1.5e3, -0.25, None, True, {"ü": [[], {}]}]),
+         row("\n", "x <image> y <image>", "z " * 30, "<image>", "?", image=["b.png", "a.png", "ä.png"]),
+         row(4, "long " * 40, "Ho", "Hi", "Ho")]
+PAIRS = [{"id": i, "chosen": turns("Hi é", chosen), "rejected": turns("Hi é", rejected)}
+         for i, (chosen, rejected) in enumerate([("Ho", "No 中"), ("Ho " * 99, "Ho"), ("", "Ho")])]
+PAIRS += [{"idx": 9, "question": "Wö?", "image_path": "ä.png", "chosen": "Red.", "rejected": "Blue."}]
+
+
+def spellings(rows, folder):
+    """The same rows as one line, indented, in UTF-8 and escaped, with lots of white space, and one per line."""
+    utf8 = functools.partial(json.dumps, ensure_ascii=False)
+    contents = {"plain.json": utf8(rows), "escaped.json": json.dumps(rows), "indented.json": utf8(rows, indent=3),
+                "spaced.json": "\r\n\t [" + " \n,\n\n ".join(map(utf8, rows)) + "\n]\r\n \n",
+                "lines.jsonl": "\r\n \n".join(map(utf8, rows))}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content.encode())
+        yield str(folder / name)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 1 << 20])
+def test_rows_stand_where_the_index_says(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(data_file, "WINDOW", window)
+    odd = [1, 12.5, -1.5e-7, "😀", "a" * 300, None, True, [[]], -float("inf"), 1234567890123]
+    for rows in [MIXED, PAIRS, odd, []]:
+        for path in spellings(rows, tmp_path):
+            found = list(read_rows(path))
+            content = Path(path).read_bytes()
+            assert [row for _, _, row in found] == rows
+            cuts = [content[offset:offset + size] for offset, size, _ in found]
+            assert [json.loads(cut) for cut in cuts] == rows and [cut.strip() for cut in cuts] == cuts
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 1 << 20])
+def test_malformed_json_is_found_where_json_finds_it(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(data_file, "WINDOW", window)
+    whole = json.dumps(MIXED[:3], indent=1, ensure_ascii=False)
+    texts = [whole[:n] for n in range(0, len(whole), 7)] + [
+        whole + "]", whole + " x", "[1 2]", "[1}", '["\t"]', '["\\x"]', '["\\u12G4"]', "[nul]", "[1.]", "[-]", "[1,]",
+        '[{"a"}]', '[{"a":1 "b":2}]', '[{"a": 1,}]', "[\n\n1,\n,2]", "[" + " " * 99 + "\n\n é]", '["a\nb"]',
+        '[{"é": "中" é}]']
+    for i, text in enumerate(texts):
+        path = tmp_path / f"{i}.json"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(json.JSONDecodeError) as theirs:
+            json.loads(text)
+        with pytest.raises(DataError) as ours:
+            list(read_rows(str(path)))
+        error, line = theirs.value, str(ours.value)
+        assert line.startswith(f"{path} line {error.lineno}: malformed JSON, {error.msg} at column {error.colno}"), text
+
+
+def count_calls(monkeypatch):
+    calls = []
+    monkeypatch.setattr(data_file, "render", lambda *args, **more: calls.append(args) or render(*args, **more))
+    return calls
+
+
+def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
+    noise("RGB", 9, 9).save(world.folder / "ä.png")
+    file, calls = world(MIXED), count_calls(monkeypatch)
+    first = dataset(InstructionData, world, file)
+    [index] = world.folder.glob("rows.json.????????.index")
+    assert len(calls) == 5 and not list(world.folder.glob("*.tmp"))
+    again = dataset(InstructionData, world, file)
+    other = dataset(InstructionData, world, file, max_length=45)  # needs no other index
+    assert len(calls) == 5 and (again.lengths == first.lengths).all() and again.notes == first.notes
+    assert len(other) < len(first) and max(other.lengths) == 45 < first.lengths[1]
+    assert again.fingerprint == first.fingerprint != other.fingerprint
+
+    with pytest.raises(DataError, match="no \"chosen\""):  # another kind of row has another index
+        dataset(PreferenceData, world, file)
+    assert list(world.folder.glob("*.index")) == [index] and not list(world.folder.glob("*.tmp"))
+    assert capsys.readouterr().err == ""
+
+    stat = Path(file).stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    with pytest.raises(DataError, match=f"^{file}: changed since it was indexed; start again"):
+        first[0]
+    assert dataset(InstructionData, world, file).fingerprint == first.fingerprint  # same content, newer time
+    assert len(calls) == 10
+    assert capsys.readouterr().err == f"{file}: changed since it was indexed; building its index again\n"
+    world(MIXED[:2])
+    assert dataset(InstructionData, world, file).fingerprint != first.fingerprint
+    Path(file).unlink()
+    with pytest.raises(DataError, match="rows.json: cannot be read .No such file"):
+        dataset(InstructionData, world, file)
+
+
+def test_what_the_numbers_depend_on_has_its_own_index(world):
+    file = world(MIXED[1:3] + [row(5, "<image>", "Ho", image="a.png")])
+    (world.folder / "more").mkdir()
+    noise("RGB", 9, 9).save(world.folder / "more" / "a.png")
+    added = Tokenizer.from_str(qwen_tokenizer().to_str())
+    added.add_tokens(["Ho Ho"])
+    usual = dict(image_dir=str(world.folder), tokenizer=qwen_tokenizer(), template="vicuna", image_tokens=4,
+                 image_size=28, max_length=99)
+    changes = [{}, {"image_dir": str(world.folder / "more")}, {"tokenizer": added}, {"template": "chatml"},
+               {"image_tokens": 5}]
+    fingerprints = []
+    for n, change in enumerate(changes, start=1):
+        data = InstructionData([(file, 1.0)], **usual | change)
+        assert len(list(world.folder.glob("rows.json.*.index"))) == n
+        assert len(data) == 2 and [len(data[i]["input_ids"]) for i in range(2)] == data.lengths.tolist()
+        fingerprints.append(data.fingerprint)
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 4  # the place of the images does not count
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "text", "number", "type", "fact"])
+def test_a_damaged_index_is_built_again(world, monkeypatch, capsys, damage):
+    file = world(MIXED[1:3])
+    first = dataset(InstructionData, world, file)
+    [index] = world.folder.glob("*.index")
+    whole, calls = index.read_bytes(), count_calls(monkeypatch)
+    broken = {"cut": whole[:-1], "empty": b"", "header": b"\xff" * 8 + whole[8:], "text": b"hello" * 99,
+              "number": whole[:-1] + bytes([whole[-1] ^ 1]), "type": whole.replace(b'"I32"', b'"F32"'),
+              "fact": whole.replace(b'"sha256":"', b'"sha257":"')}[damage]
+    assert broken != whole
+    index.write_bytes(broken)
+    assert (dataset(InstructionData, world, file).lengths == first.lengths).all() and len(calls) == 2
+    assert re.fullmatch(rf"{index}: damaged \(.+\); building it again\n", capsys.readouterr().err)
+    assert dataset(InstructionData, world, file).fingerprint == first.fingerprint and len(calls) == 2
+
+
+def test_a_folder_that_takes_no_index(world):
+    file = world([row(0, "Hi", "Ho")], "x" * 245 + ".json")  # with more behind it the name is too long for a file
+    with pytest.raises(DataError, match="no index can be written beside it .File name too long.; make the folder"):
+        dataset(InstructionData, world, file)
+
+
+@pytest.mark.parametrize("kind, rows", [(InstructionData, MIXED), (PreferenceData, PAIRS)])
+@pytest.mark.parametrize("max_length", [40, 56, 60, 64, 68, 80, 110, 999])
+def test_samples_are_those_of_the_plain_definition(world, kind, rows, max_length):
+    """Everything in memory, whole rows rendered in full, and cut or dropped one by one."""
+    noise("RGB", 9, 9).save(world.folder / "ä.png")
+    expected, silent = [], 0
+    for number, raw in enumerate(rows):
+        if kind is InstructionData:
+            sides, images = [raw["conversations"]], raw.get("image", [])
+        elif isinstance(raw["chosen"], str):
+            sides = [turns("<image>\n" + raw["question"], raw[side]) for side in ("chosen", "rejected")]
+            images = raw["image_path"]
+        else:
+            sides, images = [raw["chosen"], raw["rejected"]], []
+        sequences = [render(side, qwen_tokenizer(), "vicuna", image_tokens=4) for side in sides]
+        kept = [(ids[:max_length], mask[:max_length]) for ids, mask in sequences]
+        if not all(sum(mask) for _, mask in sequences):
+            silent += 1
+        elif kind is PreferenceData and kept != sequences:
+            pass
+        elif all(sum(mask) for _, mask in kept) and not any(151646 in ids[max_length:] for ids, _ in sequences):
+            expected.append((number, kept, len([images] if isinstance(images, str) else images)))
+    try:
+        data = dataset(kind, world, world(rows), max_length=max_length)
+    except DataError as error:
+        assert not expected and "no row left to train on" in str(error)
+        return
+    assert len(data) == len(expected) and any(f"{silent} of {len(rows)}" in note for note in data.notes) == (silent > 0)
+    for i, (number, sequences, images) in enumerate(expected):
+        *parts, pictures = data[i].values()
+        assert parts == [part for sequence in sequences for part in sequence] and len(pictures) == images
+        assert data.describe(i) == f"{world.folder / 'rows.json'} row {number}"
+        assert data.lengths[i] == max(len(ids) for ids, _ in sequences)
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(QUESTIONS, ANSWERS), min_size=1, max_size=3), st.sampled_from(["vicuna", "chatml"]),
+       st.integers(1, 9))
+def test_lengths_from_one_token_per_image(pairs, template, image_tokens):
+    conversation = turns(*itertools.chain.from_iterable(pairs))
+    data = InstructionData.__new__(InstructionData)
+    data.tokenizer, data.template, data.image_tokens = qwen_tokenizer(), template, image_tokens
+    ids, mask = render(conversation, qwen_tokenizer(), template, image_tokens)
+    images = [i for i, token in enumerate(ids) if token == 151646]
+    assert data.measure_side(conversation) == (len(ids), max([mask.index(1), *images]) + 1)
+
+
+def build_in_another_process(folder, go):
+    go.wait()
+    world = types.SimpleNamespace(folder=Path(folder))
+    dataset(InstructionData, world, f"{folder}/rows.json")[0]
+
+
+def test_two_processes_build_the_same_index(world):
+    file, context = world(MIXED[1:3] * 100), multiprocessing.get_context("fork")
+    go = context.Event()
+    processes = [context.Process(target=build_in_another_process, args=(str(world.folder), go)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    go.set()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0] and len(list(world.folder.glob("rows.json.*"))) == 1
+    assert len(dataset(InstructionData, world, file)) == 100
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the order of batches
@@ -524,6 +735,19 @@ def test_order_is_a_function_of_seed_and_step():
     assert forwards[:62] != forwards[62:124]  # the next epoch has another order
     first_lengths = [lengths[batch[0]] for batch in forwards[:62]]
     assert abs(np.corrcoef(first_lengths, range(62))[0, 1]) < 0.3  # and no curriculum: batches come in no order of length
+
+
+def test_the_order_is_what_it_has_always_been():
+    """Checkpoints record a step and no rows: another order would give a resumed run other rows."""
+    lengths = [(7 * i * i + 3 * i) % 41 + 5 for i in range(23)]
+    sampler = Sampler(np.array(lengths, np.int32), 4, seed=5, sources=[(0, 9, 0.5), (9, 17, 2.25), (17, 23, 1.0)])
+    assert sampler.steps_per_epoch == 7 and [sampler.batch(step) for step in [0, 1, 2, 3, 4, 5, 6, 7, 11, 12]] == [
+        [9, 15, 15, 17], [18, 3, 20, 10], [12, 12, 11, 11], [10, 13, 13, 2], [21, 16, 16, 16], [4, 19, 1, 22],
+        [11, 9, 14, 14], [15, 17, 6, 5], [19, 4, 22, 11], [10, 13, 10, 21]]
+    lengths = np.random.default_rng(0).integers(40, 2048, 5000)
+    sampler = Sampler(lengths, 16, seed=1, sources=[(0, 3000, 0.7), (3000, 5000, 1.5)])
+    rows = json.dumps([sampler.batch(step) for step in range(2 * sampler.steps_per_epoch)])
+    assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "27da9c6cea86693b"
 
 
 def test_rows_of_similar_length_meet():
@@ -625,4 +849,49 @@ def test_an_image_that_breaks_later_is_one_line_from_a_worker_too(world, num_wor
         for _ in batches(data, sampler, 2, 0, 1, 0, 3, num_workers, functools.partial(collate, pad_token_id=0)):
             pass
     line = str(caught.value)
-    assert line.startswith(f"{world.folder / 'a.png'}: not a readable image") and "\n" not in line
+    assert re.match(rf"{world.folder}/rows.json row \d+: {world.folder}/a.png: not a readable image", line)
+    assert "\n" not in line
+
+
+def test_spawned_workers_read_the_same(world):
+    """Spawned processes get the dataset pickled; nothing of it may belong to the process that made it."""
+    data = numbered_rows(world)
+    data[0]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        theirs = pool.map(data.__getitem__, range(len(data)))
+    assert [sample["input_ids"] for sample in theirs] == [data[i]["input_ids"] for i in range(len(data))]
+
+
+def kill_this_process(samples):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line_and_no_hang(world):
+    data = numbered_rows(world)
+    with pytest.raises(DataError, match=r"^a process that reads the data died \(DataLoader worker .*num_workers$"):
+        list(batches(data, Sampler(data.lengths, 4), 2, 0, 1, 0, 3, 1, kill_this_process))
+
+
+def signal_this_process(samples):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {"input_ids": torch.tensor([len(samples)])}
+
+
+def test_a_worker_outlives_the_signals_that_are_meant_for_the_run(world):
+    data, began = numbered_rows(world), time.time()
+    assert len(list(batches(data, Sampler(data.lengths, 4), 2, 0, 1, 0, 3, 1, signal_this_process))) == 3
+    assert time.time() - began < 20  # and the end of the run does not wait for its alarm
+
+
+def test_workers_are_a_step_ahead(world):
+    data, (asked, done) = numbered_rows(world), multiprocessing.Pipe(duplex=False)
+
+    def tell(samples):
+        done.send(len(samples))
+        return {}
+    stream = batches(data, Sampler(data.lengths, 8), 1, 0, 1, 0, 20, 2, tell)
+    next(stream)
+    for _ in range(16):  # while we are busy with the 8 passes of the first step, those of the second are made
+        assert asked.poll(20) and asked.recv() == 1
+    stream.close()

@@ -63,7 +63,8 @@ def test_training_files_parse_and_fit(world):
                        "d2d": N["student"] * per_scene, "d2s": N["student"] * per_scene}.items():
         data = InstructionData([(str(world / "train" / f"{name}.json"), 1.0)], *arguments)
         assert (len(data), data.notes) == (rows, [])
-        questions = [length for (_, [turns]), length in zip(data.rows, data.lengths) if tiny.SHORT in turns[0]["value"]]
+        asked = [row["conversations"][0]["value"] for row in json.loads((world / "train" / f"{name}.json").read_text())]
+        questions = [length for question, length in zip(asked, data.lengths) if tiny.SHORT in question]
         assert not questions or max(questions) <= 40         # "about 30 tokens", image included
     pairs = PreferenceData([(str(world / "train" / "pd.json"), 1.0)], *arguments)
     assert (len(pairs), pairs.notes) == (N["preference"], [])

@@ -759,7 +759,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_llava(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Llava:
+def describe_llava(folder: Path) -> Llava:
+    """All of a LLaVA folder but its weights: the model on the meta device, with its tokenizer."""
     path = folder / "config.json"
     config = read_json(path)
     if config.get("model_type") != "llava":
@@ -798,12 +799,17 @@ def load_llava(folder: Path, dtype: torch.dtype, device: str | torch.device) -> 
         raise CheckpointError(f"{folder}: tokenizer.json gives {IMAGE_TOKEN} the id {tokenizer.token_to_id(IMAGE_TOKEN)}, "
                               f"config.json {image_token_id}; the two files are not of one checkpoint")
     with torch.device("meta"):
-        llava = Llava(llava_config, tokenizer)
+        return Llava(llava_config, tokenizer)
+
+
+def load_llava(folder: Path, dtype: torch.dtype, device: str | torch.device) -> Llava:
+    llava = describe_llava(folder)
     load_tensors(llava, list(TOWERS), folder, dtype, device)
     return llava
 
 
-def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: str) -> Llava:
+def describe_parts(vision_folder: Path, llm_folder: Path, template: str) -> Llava:
+    """The same of a new model, before its vocabulary grows."""
     if template not in TEMPLATE_FILES:
         raise CheckpointError(f"template is {template!r}, expected one of {', '.join(TEMPLATE_FILES)}")
     path = vision_folder / "config.json"
@@ -825,15 +831,19 @@ def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: s
     llava_config = LlavaConfig(vision, text, tokenizer.token_to_id(IMAGE_TOKEN), tokenizer.token_to_id(PAD_TOKEN),
                                eos_token_id, template)
     with torch.device("meta"):
-        llava = Llava(llava_config, tokenizer)
+        return Llava(llava_config, tokenizer)
+
+
+def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: str) -> Llava:
+    llava = describe_parts(vision_folder, llm_folder, template)
     # Some CLIP folders hold the vision tower alone, with or without its prefix, some the text tower as well.
     load_tensors(llava, ["vision"], vision_folder, torch.float32, "cpu",
                  rename=lambda key: TOWERS["vision"][0] + key.removeprefix("vision_model."))
     load_tensors(llava, ["decoder"], llm_folder, torch.float32, "cpu", rename=lambda key: TOWERS["decoder"][0] + key)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        llava.adaptor = Adaptor(vision.n_embd, text.n_embd)
-    grow_vocabulary(llava, max(llava_config.image_token_id, llava_config.pad_token_id) + 1)
+        llava.adaptor = Adaptor(llava.config.vision.n_embd, llava.config.text.n_embd)
+    grow_vocabulary(llava, max(llava.config.image_token_id, llava.config.pad_token_id) + 1)
     return llava
 
 

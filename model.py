@@ -213,19 +213,21 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class KVCache:
     """Keys and values of the positions seen so far, in memory taken once; every row has its own length."""
 
-    def __init__(self, config: DecoderConfig, lengths: torch.Tensor, capacity: int, dtype: torch.dtype):
+    def __init__(self, config: DecoderConfig, lengths: torch.Tensor, n_prompt: int, n_new: int, dtype: torch.dtype):
         head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, len(lengths), config.n_kv_head, capacity, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=lengths.device)   # (n_layer, B, K, capacity, Dh)
+        shape = (config.n_layer, len(lengths), config.n_kv_head, n_prompt + n_new, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=lengths.device)   # (n_layer, B, K, places, Dh)
         self.v = torch.zeros(shape, dtype=dtype, device=lengths.device)
         self.lengths = lengths          # (B,) real positions of each row's prompt, then of prompt and answer
+        self.used = n_prompt            # no row is longer than this; what lies beyond is not looked at
         self.positions = None           # (B, 1) where each row's new token stands; None while reading the prompt
-        self.visible = None             # (B, 1, 1, capacity) which keys that token may see
+        self.visible = None             # (B, 1, 1, used) which keys that token may see
 
     def start_token(self) -> None:
         """Make room for one more token in every row."""
+        self.used += 1
         self.positions = self.lengths[:, None]
-        places = torch.arange(self.k.shape[3], device=self.lengths.device)
+        places = torch.arange(self.used, device=self.lengths.device)
         self.visible = (places <= self.positions)[:, None, None, :]
         self.lengths = self.lengths + 1
 
@@ -244,19 +246,26 @@ class Attention(nn.Module):
         q = rotate(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.n_head), cos, sin)      # (B, H, T, Dh)
         k = rotate(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head), cos, sin)   # (B, K, T, Dh)
         v = rearrange(self.v_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head)                     # (B, K, T, Dh)
-        visible = None
-        if cache is not None and cache.positions is None:            # the prompt: keep its keys and values
+        if cache is not None and cache.positions is not None:
+            return self.o_proj(self.attend_to_cache(q, k, v, cache))
+        if cache is not None:                                        # the prompt: keep its keys and values
             cache.k[self.layer, :, :, :x.shape[1]], cache.v[self.layer, :, :, :x.shape[1]] = k, v
-        elif cache is not None:                                      # one new token: write it at each row's own place
-            row, place = torch.arange(x.shape[0], device=x.device), cache.positions[:, 0]
-            cache.k[self.layer, row, :, place] = k[:, :, 0].to(cache.k.dtype)
-            cache.v[self.layer, row, :, place] = v[:, :, 0].to(cache.v.dtype)
-            k, v, visible = cache.k[self.layer].to(q.dtype), cache.v[self.layer].to(q.dtype), cache.visible
         # Padding is on the right, so causality alone hides it from every real position: no mask tensor is needed, and
         # the fast attention kernels, which know no mask, stay available.
-        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=visible, is_causal=visible is None,
+        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True,
                                            enable_gqa=self.n_head != self.n_kv_head)                # (B, H, T, Dh)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+    def attend_to_cache(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """One new token per row: (B, H, 1, Dh), (B, K, 1, Dh) twice -> (B, 1, H*Dh)."""
+        row, place = torch.arange(len(q), device=q.device), cache.positions[:, 0]
+        cache.k[self.layer, row, :, place] = k[:, :, 0].to(cache.k.dtype)        # at each row's own place
+        cache.v[self.layer, row, :, place] = v[:, :, 0].to(cache.v.dtype)
+        k, v = (kept[self.layer, :, :, :cache.used].to(q.dtype) for kept in (cache.k, cache.v))      # (B, K, used, Dh)
+        # The H/K heads that share keys ask together, like so many positions of one head: the keys are read once.
+        q = rearrange(q, "b (k g) 1 d -> b k g d", k=self.n_kv_head)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible)     # (B, K, H/K, Dh)
+        return rearrange(y, "b k g d -> b 1 (k g d)")
 
 
 class FFN(nn.Module):
@@ -420,7 +429,7 @@ class Llava(nn.Module):
         lengths = real.sum(1)                                        # (B,)
         x = self.embed(input_ids, self.encode_images(pixel_values))
         dtype = self.decoder.blocks[0].attn.k_proj.weight.dtype
-        cache = KVCache(self.config.text, lengths, input_ids.shape[1] + max_new_tokens, dtype)
+        cache = KVCache(self.config.text, lengths, input_ids.shape[1], max_new_tokens, dtype)
         hidden, _ = self.decoder(x, real, cache)
         hidden = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]       # (B, D)
         finished = torch.zeros_like(lengths, dtype=torch.bool)

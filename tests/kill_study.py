@@ -1,0 +1,151 @@
+"""
+Kill a training run with SIGKILL again and again, and compare its end with that of a run that nobody touched.
+
+    python tests/kill_study.py --kills=20
+
+The run is dense-to-sparse distillation on a tiny student, two ranks over gloo. Each life ends with SIGKILL to both, at a
+moment drawn from a seed: while it starts, during some step, or, by watching the folder, in the middle of a save. Then the
+same command starts it again. At the end the weights must be those of the untouched run bit for bit, and log.jsonl must
+hold every step once, with the same numbers.
+"""
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+STEPS_PER_LIFE = 20    # a life gets this far at most, so that the run lasts for all kills
+
+
+def start(arguments: list[str], of_rank_1: list[str] | None = None) -> list[subprocess.Popen]:
+    """Two ranks in one process group, as torchrun would start them, in half the time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *(of_rank_1 if rank and of_rank_1 else arguments)],
+                                      env=environment, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.PIPE, text=True, process_group=ranks[0].pid if ranks else 0))
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen]) -> None:
+    for rank in ranks:
+        errors = rank.communicate(timeout=300)[1]
+        if rank.returncode != 0:
+            raise RuntimeError(f"a rank ended with {rank.returncode}: {errors}")
+
+
+def logged(out_dir: Path) -> list[dict]:
+    """The records of log.jsonl but for its torn end, if it has one."""
+    path = out_dir / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def kill(ranks: list[subprocess.Popen], out_dir: Path, kind: str, draw: random.Random) -> str:
+    """Wait for a moment of this kind, then SIGKILL the group. Says what was found there."""
+    def alive() -> bool:
+        return all(rank.poll() is None for rank in ranks)
+
+    if kind == "start":
+        until = time.monotonic() + draw.uniform(0, 6)
+        while alive() and time.monotonic() < until:
+            time.sleep(0.01)
+    else:
+        before = len(logged(out_dir))
+        while alive() and len(logged(out_dir)) == before:            # go_back may cut the log first: any change will do
+            time.sleep(0.005)
+        goal = (logged(out_dir) or [{"step": 0}])[-1]["step"] + draw.randrange(STEPS_PER_LIFE)
+        while alive() and (logged(out_dir) or [{"step": 0}])[-1]["step"] < goal:
+            time.sleep(0.002)
+        if kind == "step":
+            time.sleep(draw.uniform(0, 0.05))
+        else:
+            unfinished = "state/*.tmp" if kind == "state" else "*.tmp"
+            while alive() and not any(out_dir.glob(unfinished)):
+                pass                                                 # a tiny file is written in a millisecond
+            time.sleep(draw.choice([0, 0, 0.001]))
+    found = "running" if alive() else "ended"
+    os.killpg(ranks[0].pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.communicate()
+    if any(out_dir.glob("state/*.tmp")):
+        found += ", state half written"
+    if any(out_dir.glob("*.tmp")):
+        found += ", folder half written"
+    return found
+
+
+def study(kills: int, flags, out: Path, seed: int = 0) -> list[tuple[str, str, int]]:
+    """`flags(out_dir, **settings)` is the command line of a run. Returns (kind, what was found, last step) of each kill."""
+    settings = dict(micro_batch_size=4, save_every=4, max_steps=(STEPS_PER_LIFE + 4) * kills)
+    finish(start(flags(out / "untouched", **settings)))
+    draw, lives = random.Random(seed), []
+    for i in range(kills):
+        kind = ("state", "step", "export", "start")[i % 4]
+        ranks = start(flags(out / "killed", **settings))
+        found = kill(ranks, out / "killed", kind, draw)
+        lives.append((kind, found, (logged(out / "killed") or [{"step": 0}])[-1]["step"]))
+    finish(start(flags(out / "killed", **settings)))
+
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / "untouched" / name).read_bytes() == (out / "killed" / name).read_bytes(), f"{name} differs"
+    times = ("tokens_per_s", "seconds")
+    one, other = ([{key: value for key, value in record.items() if key not in times} for record in logged(out / name)]
+                  for name in ("untouched", "killed"))
+    assert [record["step"] for record in other] == list(range(1, settings["max_steps"] + 1)), "log.jsonl has gaps or repeats"
+    assert one == other, "log.jsonl differs"
+    assert not list((out / "killed").rglob("*.tmp"))
+    return lives
+
+
+def make_world(folder: Path) -> None:
+    """A sparse run needs little: a dense student, a teacher, and some rows of text and images."""
+    from PIL import Image
+
+    from conftest import WORDS, make_clip, make_qwen
+    from model import Llava
+    draw = random.Random(0)
+    rows = []
+    for i in range(32):
+        Image.new("RGB", (30 + i, 40), (i * 8, 99, 255 - i * 8)).save(folder / f"{i}.png")
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\n" + " ".join(draw.choices(WORDS[:22], k=4))},
+            {"from": "gpt", "value": " ".join(draw.choices(WORDS[:22], k=draw.randint(1, 9)))}]})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    clip = make_clip(folder / "clip")
+    Llava.from_parts(clip, make_qwen(folder / "qwen")).save_pretrained(folder / "dense")
+    Llava.from_parts(clip, make_qwen(folder / "wider", seed=1, hidden=48, layers=2), seed=1).save_pretrained(folder / "teacher")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        world, began = Path(folder), time.time()
+        make_world(world)
+
+        def flags(out_dir: Path, **more) -> list[str]:
+            settings = dict(stage="d2s", student=world / "dense", teacher=world / "teacher", data=world / "rows.json",
+                            image_dir=world, out_dir=out_dir, batch_size=8, learning_rate=1e-2, dtype="float32", device="cpu")
+            return [f"--{key}={value}" for key, value in (settings | more).items()]
+
+        for i, (kind, found, step) in enumerate(study(arguments.kills, flags, world, arguments.seed), start=1):
+            print(f"kill {i:3}  aimed at: {kind:6}  found: {found:42}  log reached step {step}")
+        print(f"{arguments.kills} kills in {time.time() - began:.0f} s: the weights are bit for bit those of an untouched run, and "
+              "the log has every step once")

@@ -10,42 +10,80 @@ hold every step once, with the same numbers.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-STEPS_PER_LIFE = 20    # a life gets this far at most, so that the run lasts for all kills
+import conftest
+import train   # not used here, but what the forks below start from
+
+STEPS_PER_LIFE = 12    # a life gets this far at most, so that the run lasts for all kills
 
 
-def start(arguments: list[str], of_rank_1: list[str] | None = None) -> list[subprocess.Popen]:
-    """Two ranks in one process group, as torchrun would start them, in half the time."""
+# Ranks are forks of this process, which has imported everything already: they start in no time, and die like any process.
+FORK = multiprocessing.get_context("fork")
+
+
+def start(world_size: int, work: Callable[[int], None]) -> list[multiprocessing.Process]:
+    """`world_size` processes in one process group; each does work(rank). What they print to stderr, `ended` returns."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *(of_rank_1 if rank and of_rank_1 else arguments)],
-                                      env=environment, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.PIPE, text=True, process_group=ranks[0].pid if ranks else 0))
+    leader, ranks = FORK.Value("i", 0), []
+    for rank in range(world_size):
+        errors = tempfile.NamedTemporaryFile("w+")
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+        def body(rank=rank, errors=errors, environment=environment) -> None:
+            os.setpgid(0, leader.value)                              # 0 for the first: a group of its own
+            os.environ.update({key: str(value) for key, value in environment.items()})
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(errors.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            work(rank)
+
+        process = FORK.Process(target=body)
+        process.start()
+        process.errors, process.group = errors, leader.value or process.pid
+        if not leader.value:
+            while os.getpgid(process.pid) != process.pid:            # the others join this group
+                time.sleep(0.001)
+            leader.value = process.pid
+        ranks.append(process)
     return ranks
 
 
-def finish(ranks: list[subprocess.Popen]) -> None:
+def ended(ranks: list[multiprocessing.Process], seconds: float = 120) -> tuple[list[int], list[str]]:
+    """The exit codes of ranks that end by themselves, and what they had to say."""
     for rank in ranks:
-        errors = rank.communicate(timeout=300)[1]
-        if rank.returncode != 0:
-            raise RuntimeError(f"a rank ended with {rank.returncode}: {errors}")
+        rank.join(seconds)
+        assert rank.exitcode is not None, "a rank hangs"
+    return [rank.exitcode for rank in ranks], [Path(rank.errors.name).read_text() for rank in ranks]
+
+
+def train_py(*commands: list[str]) -> Callable[[int], None]:
+    """The work of ranks that run train.py as a script: one command line for each, or one for all."""
+    def work(rank: int) -> None:
+        sys.argv = ["train.py", *commands[min(rank, len(commands) - 1)]]
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return work
+
+
+def finish(arguments: list[str]) -> None:
+    codes, errors = ended(start(2, train_py(arguments)), 300)
+    assert codes == [0, 0], errors
 
 
 def logged(out_dir: Path) -> list[dict]:
@@ -55,22 +93,26 @@ def logged(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def kill(ranks: list[subprocess.Popen], out_dir: Path, kind: str, draw: random.Random) -> str:
+def last_step(out_dir: Path) -> int:
+    return (logged(out_dir) or [{"step": 0}])[-1]["step"]
+
+
+def kill(ranks: list[multiprocessing.Process], out_dir: Path, kind: str, draw: random.Random) -> str:
     """Wait for a moment of this kind, then SIGKILL the group. Says what was found there."""
     def alive() -> bool:
-        return all(rank.poll() is None for rank in ranks)
+        return all(rank.exitcode is None for rank in ranks)
 
     if kind == "start":
-        until = time.monotonic() + draw.uniform(0, 6)
+        until = time.monotonic() + draw.uniform(0, 1)
         while alive() and time.monotonic() < until:
-            time.sleep(0.01)
+            time.sleep(0.001)
     else:
         before = len(logged(out_dir))
-        while alive() and len(logged(out_dir)) == before:            # go_back may cut the log first: any change will do
-            time.sleep(0.005)
-        goal = (logged(out_dir) or [{"step": 0}])[-1]["step"] + draw.randrange(STEPS_PER_LIFE)
-        while alive() and (logged(out_dir) or [{"step": 0}])[-1]["step"] < goal:
-            time.sleep(0.002)
+        while alive() and len(logged(out_dir)) == before:            # the log may be cut first: any change will do
+            time.sleep(0.001)
+        goal = last_step(out_dir) + draw.randrange(STEPS_PER_LIFE)
+        while alive() and last_step(out_dir) < goal:
+            time.sleep(0.001)
         if kind == "step":
             time.sleep(draw.uniform(0, 0.05))
         else:
@@ -79,9 +121,9 @@ def kill(ranks: list[subprocess.Popen], out_dir: Path, kind: str, draw: random.R
                 pass                                                 # a tiny file is written in a millisecond
             time.sleep(draw.choice([0, 0, 0.001]))
     found = "running" if alive() else "ended"
-    os.killpg(ranks[0].pid, signal.SIGKILL)
+    os.killpg(ranks[0].group, signal.SIGKILL)
     for rank in ranks:
-        rank.communicate()
+        rank.join()
     if any(out_dir.glob("state/*.tmp")):
         found += ", state half written"
     if any(out_dir.glob("*.tmp")):
@@ -89,17 +131,24 @@ def kill(ranks: list[subprocess.Popen], out_dir: Path, kind: str, draw: random.R
     return found
 
 
+def settings_for(kills: int) -> dict:
+    return dict(micro_batch_size=4, save_every=4, max_steps=(STEPS_PER_LIFE + 4) * kills)
+
+
 def study(kills: int, flags, out: Path, seed: int = 0) -> list[tuple[str, str, int]]:
-    """`flags(out_dir, **settings)` is the command line of a run. Returns (kind, what was found, last step) of each kill."""
-    settings = dict(micro_batch_size=4, save_every=4, max_steps=(STEPS_PER_LIFE + 4) * kills)
-    finish(start(flags(out / "untouched", **settings)))
+    """`flags(out_dir, **settings)` is the command line of a run. Returns (kind, what was found, last step) of each kill.
+
+    out/untouched and out/killed are what the two runs left.
+    """
+    settings = settings_for(kills)
+    finish(flags(out / "untouched", **settings))
     draw, lives = random.Random(seed), []
     for i in range(kills):
         kind = ("state", "step", "export", "start")[i % 4]
-        ranks = start(flags(out / "killed", **settings))
+        ranks = start(2, train_py(flags(out / "killed", **settings)))
         found = kill(ranks, out / "killed", kind, draw)
-        lives.append((kind, found, (logged(out / "killed") or [{"step": 0}])[-1]["step"]))
-    finish(start(flags(out / "killed", **settings)))
+        lives.append((kind, found, last_step(out / "killed")))
+    finish(flags(out / "killed", **settings))
 
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / "untouched" / name).read_bytes() == (out / "killed" / name).read_bytes(), f"{name} differs"
@@ -116,19 +165,18 @@ def make_world(folder: Path) -> None:
     """A sparse run needs little: a dense student, a teacher, and some rows of text and images."""
     from PIL import Image
 
-    from conftest import WORDS, make_clip, make_qwen
     from model import Llava
     draw = random.Random(0)
     rows = []
     for i in range(32):
         Image.new("RGB", (30 + i, 40), (i * 8, 99, 255 - i * 8)).save(folder / f"{i}.png")
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": [
-            {"from": "human", "value": "<image>\n" + " ".join(draw.choices(WORDS[:22], k=4))},
-            {"from": "gpt", "value": " ".join(draw.choices(WORDS[:22], k=draw.randint(1, 9)))}]})
+            {"from": "human", "value": "<image>\n" + " ".join(draw.choices(conftest.WORDS[:22], k=4))},
+            {"from": "gpt", "value": " ".join(draw.choices(conftest.WORDS[:22], k=draw.randint(1, 9)))}]})
     (folder / "rows.json").write_text(json.dumps(rows))
-    clip = make_clip(folder / "clip")
-    Llava.from_parts(clip, make_qwen(folder / "qwen")).save_pretrained(folder / "dense")
-    Llava.from_parts(clip, make_qwen(folder / "wider", seed=1, hidden=48, layers=2), seed=1).save_pretrained(folder / "teacher")
+    clip = conftest.make_clip(folder / "clip")
+    Llava.from_parts(clip, conftest.make_qwen(folder / "qwen")).save_pretrained(folder / "dense")
+    Llava.from_parts(clip, conftest.make_qwen(folder / "wider", seed=1, hidden=48, layers=2), seed=1).save_pretrained(folder / "teacher")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 import resume
 import train
 from configurator import ConfigError
-from kill_study import ROOT, logged, start, study
+from kill_study import ROOT, ended, logged, settings_for, start, study, train_py
 from model import CheckpointError, Llava, save_tensors
 from resume import NotFinite, SaveError
-from test_train import command_line, flags, records, run
+from test_train import command_line, flags, records
 
 
 def same(a, b):
@@ -43,10 +43,10 @@ def unfinish(folder):
     (folder / "run.json").write_text(json.dumps(run_json | {"finished": False}))
 
 
-def wait_for(condition, process, seconds=90):
+def wait_for(condition, alive, seconds=90):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        assert alive() and time.monotonic() < deadline
         time.sleep(0.005)
 
 
@@ -61,9 +61,29 @@ def whole(world, tmp_path_factory):
 # -----------------------------------------------------------------------------
 # Kills
 
-def test_three_kills(world, tmp_path):
-    lives = study(3, lambda out_dir, **more: flags(world, "d2s", out_dir, **more), tmp_path)
-    assert [found.split(",")[0] for _, found, _ in lives] == ["running"] * 3
+@pytest.fixture(scope="module")
+def studied(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("kills")
+    return out, study(3, lambda out_dir, **more: flags(world, "d2s", out_dir, **more), out)
+
+
+def test_three_kills(studied):
+    """While a state is written, during a step, while the folder is written; `study` compares the ends."""
+    assert [found.split(",")[0] for _, found, _ in studied[1]] == ["running"] * 3
+
+
+def test_torchrun_restarts_a_killed_rank(world, studied, tmp_path):
+    """--max_restarts: a rank dies, torchrun starts all again, and the run goes on by itself."""
+    command = command_line(flags(world, "d2s", tmp_path / "out", **settings_for(3)), nproc=2)
+    command.insert(command.index("--standalone"), "--max_restarts=1")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: resume.saved_states(tmp_path / "out"), lambda: process.poll() is None)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    victim = next(pid for pid in workers if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
+    same(studied[0] / "untouched", tmp_path / "out")
 
 
 def test_the_newest_two_states_are_kept_and_nothing_half_written(whole):
@@ -135,49 +155,30 @@ def test_shards_of_two_saves_never_mix(tmp_path, monkeypatch, before, after):
         assert "refused" not in outcomes                             # a single file is swapped at a stroke
 
 
-def test_torchrun_restarts_a_killed_rank(world, tmp_path):
-    """--max_restarts: a rank dies, torchrun starts all again, and the run goes on by itself."""
-    arguments = flags(world, "d2s", tmp_path / "restarted", micro_batch_size=4, max_steps=30, save_every=5)
-    command = command_line(arguments, nproc=2)
-    command.insert(command.index("--standalone"), "--max_restarts=1")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: resume.saved_states(tmp_path / "restarted"), process)
-    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    victim = next(pid for pid in workers if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(victim, signal.SIGKILL)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, errors
-    assert [record["step"] for record in records(tmp_path / "restarted")] == list(range(1, 31))
-    untouched = start(flags(world, "d2s", tmp_path / "untouched", micro_batch_size=4, max_steps=30, save_every=5))
-    assert [rank.communicate(timeout=120) and rank.returncode for rank in untouched] == [0, 0]
-    same(tmp_path / "untouched", tmp_path / "restarted")
-
-
 # -----------------------------------------------------------------------------
 # Signals
 
-@pytest.mark.parametrize("number, nproc", [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize("number, nproc", [(signal.SIGINT, None), (signal.SIGTERM, 2)])
 def test_a_signal_ends_the_step_saves_and_stops(world, tmp_path, number, nproc):
     """Two workers decode images; under torchrun they get the signal as well and must not take the run with them."""
-    more = dict(max_steps=200, save_every=1000, micro_batch_size=4, num_workers=2)
-    process = subprocess.Popen(command_line(flags(world, "d2s", tmp_path / "out", **more), nproc), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(logged(tmp_path / "out")) >= 2, process)
+    settings = dict(max_steps=40, save_every=1000, micro_batch_size=4)
+    arguments = flags(world, "d2s", tmp_path / "out", **settings, num_workers=2)
+    process = subprocess.Popen(command_line(arguments, nproc), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(logged(tmp_path / "out")) >= 2, lambda: process.poll() is None)
     process.send_signal(number)
     errors = process.communicate(timeout=60)[1]
     step = len(logged(tmp_path / "out"))
-    assert 2 <= step < 200 and [path.name for path in resume.saved_states(tmp_path / "out")] == [f"step_{step:08d}.pt"]
+    assert 2 <= step < 40 and [path.name for path in resume.saved_states(tmp_path / "out")] == [f"step_{step:08d}.pt"]
     line = f"{number.name}: stopped after step {step}, which is saved; the same command goes on from there\n"
     assert errors.count(line) == 1
     if nproc is None:                                                # torchrun has words and an exit code of its own
         assert errors == line and process.returncode == 128 + number
 
-    more |= dict(max_steps=200, num_workers=0)
-    (tmp_path / "out" / "stop").touch()
-    done = subprocess.Popen(command_line(flags(world, "d2s", tmp_path / "out", **more), nproc), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
-    assert done.communicate(timeout=120) and done.returncode == 0
-    assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 201))
+    train.main(flags(world, "d2s", tmp_path / "out", **settings))    # with one rank and no workers
+    assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 41))
+    if nproc is None:
+        train.main(flags(world, "d2s", tmp_path / "whole", **settings))
+        same(tmp_path / "whole", tmp_path / "out")
 
 
 SECOND_SIGNAL = """
@@ -221,7 +222,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(world, whole, tmp_path, how
     arguments = flags(world, "d2s", tmp_path / "out", max_steps=6, save_every=2)
     train.main(arguments)
     out = capsys.readouterr().out
-    [line] = [line for line in out.splitlines() if "damaged" in line]
+    [line] = [line for line in out.splitlines() if "is damaged" in line]
     assert line.startswith(f"{tmp_path / 'out' / 'state' / 'step_00000006.pt'} is damaged (")
     assert line.endswith("; continuing from step 4") and "resuming after step 4" in out
     same(whole, tmp_path / "out")
@@ -245,8 +246,11 @@ def test_without_a_good_state_nothing_is_overwritten(world, whole, tmp_path):
 
 def run_with_file_limit(arguments, limit):
     """No file may grow beyond `limit` bytes: the nearest thing to a full disk that needs no disk."""
-    return subprocess.run(command_line(arguments), capture_output=True, text=True, timeout=120,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    def work(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        train_py(arguments)(rank)
+    [code], [errors] = ended(start(1, work))
+    return code, errors
 
 
 def test_no_room_for_a_state(world, whole, tmp_path):
@@ -256,11 +260,11 @@ def test_no_room_for_a_state(world, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     unfinish(tmp_path / "out")
     (tmp_path / "out" / "state" / "step_00000006.pt").unlink()
-    done = run_with_file_limit(arguments, 200_000)
-    assert folder > 200_000 and state > 200_000 and done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path / 'out' / 'state' / 'step_00000006.pt'}: cannot be written (File too large); "
-                                  "it needs 4") and done.stderr.count("\n") == 1
-    assert done.stderr.endswith(" are free there; the state of step 4 is intact: make room and repeat the same command\n")
+    code, errors = run_with_file_limit(arguments, 200_000)
+    assert folder > 200_000 and state > 200_000 and code == 2
+    assert errors.startswith(f"error: {tmp_path / 'out' / 'state' / 'step_00000006.pt'}: cannot be written (File too large); "
+                                  "it needs 4") and errors.count("\n") == 1
+    assert errors.endswith(" are free there; the state of step 4 is intact: make room and repeat the same command\n")
     assert not list((tmp_path / "out").rglob("*.tmp"))
     train.main(arguments)
     same(whole, tmp_path / "out")
@@ -268,10 +272,10 @@ def test_no_room_for_a_state(world, whole, tmp_path):
 
 def test_no_room_for_the_folder(world, tmp_path):
     """Only the adaptor learns: its state is small, the exported model is not."""
-    done = run_with_file_limit(flags(world, "align", tmp_path / "out", max_steps=2), 100_000)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{tmp_path / 'out' / 'model.safetensors'}: cannot be written (File too large)" in done.stderr
-    assert "the state of step 2 is intact" in done.stderr and not list((tmp_path / "out").rglob("*.tmp"))
+    code, errors = run_with_file_limit(flags(world, "align", tmp_path / "out", max_steps=2), 100_000)
+    assert code == 2 and errors.count("\n") == 1
+    assert f"{tmp_path / 'out' / 'model.safetensors'}: cannot be written (File too large)" in errors
+    assert "the state of step 2 is intact" in errors and not list((tmp_path / "out").rglob("*.tmp"))
     train.main(flags(world, "align", tmp_path / "out", max_steps=2))
     train.main(flags(world, "align", tmp_path / "whole", max_steps=2))
     same(tmp_path / "whole", tmp_path / "out")
@@ -302,15 +306,16 @@ def test_other_errors_while_writing_pass_through(tmp_path):
 # -----------------------------------------------------------------------------
 # Numbers and data
 
-def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(world, tmp_path):
-    """A learning rate that throws the weights away: step 1 is fine, step 2 is not."""
-    arguments = flags(world, "d2s", tmp_path / "out", max_steps=4, save_every=1, learning_rate=1e30, warmup_ratio=0.0)
-    done = run(arguments)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: step 2: loss nan, gradient norm nan; finite parts of the loss: ")
-    for part in ("not finite: ce, kd", "gradients not finite: adaptor.linear_1.weight, ", " and ", "the batch: ", " and 4 more; "
-                 "the weights were not touched"):
-        assert part in done.stderr
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(world, tmp_path, layout):
+    """A learning rate that throws the weights away: step 1 is fine, step 2 is not. Both ranks end; one says why."""
+    arguments = flags(world, "d2s", tmp_path / "out", max_steps=4, save_every=1, learning_rate=1e30, warmup_ratio=0.0,
+                      micro_batch_size=4, parallel=layout)
+    codes, [errors, silent] = ended(start(2, train_py(arguments)))
+    assert codes == [2, 2] and errors.count("\n") == 1 and silent == ""
+    assert errors.startswith("error: step 2: loss nan, gradient norm nan; finite parts of the loss: none, not finite: ce, kd, "
+                             "balance; gradients not finite: adaptor.linear_1.weight, ")
+    assert "; the batch: " in errors and " and 4 more; the weights were not touched" in errors
     assert [path.name for path in resume.saved_states(tmp_path / "out")] == ["step_00000001.pt"]
     assert len(records(tmp_path / "out")) == 1
 
@@ -342,42 +347,55 @@ def test_broken_data_on_one_rank_ends_all_and_saves_the_step_before(world, tmp_p
     arguments = flags(world, "d2s", tmp_path / "out", data=tmp_path / "rows.json", image_dir=tmp_path / "images",
                       micro_batch_size=4, max_steps=30)
     (tmp_path / "images" / "broken.png").write_bytes(b"not a picture")
-    done = run(arguments, nproc=2)
-    assert done.returncode != 0
-    assert done.stderr.count(f"error: {tmp_path / 'images' / 'broken.png'}: not a readable image") == 1
+    codes, errors = ended(start(2, train_py(arguments)))
+    assert codes == [2, 2] and sorted(errors)[0] == ""
+    assert sorted(errors)[1].startswith(f"error: {tmp_path / 'images' / 'broken.png'}: not a readable image")
     step = len(records(tmp_path / "out"))
     assert step < 4 and [resume.step_of(path) for path in resume.saved_states(tmp_path / "out")] == ([step] if step else [])
-    assert "Traceback" not in done.stderr.replace("traceback : To enable traceback", "")
     shutil.copy(tmp_path / "images" / "0.png", tmp_path / "images" / "broken.png")
-    done = run(arguments, nproc=2)
-    assert done.returncode == 0 and len(records(tmp_path / "out")) == 30
-
-
-def ends(ranks):
-    """(exit codes, stderr of each) of ranks that are expected to end by themselves."""
-    errors = [rank.communicate(timeout=90)[1] for rank in ranks]
-    return [rank.returncode for rank in ranks], errors
+    train.main(arguments)
+    assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 31))
 
 
 def test_ranks_that_disagree_stop(world, tmp_path):
-    """Another setting, and another file under the same name, on rank 1."""
-    shutil.copytree(world, tmp_path / "other")
-    rows = json.loads((world / "rows.json").read_text())
-    (tmp_path / "other" / "rows.json").write_text(json.dumps(rows[:-1]))
     arguments = flags(world, "d2s", tmp_path / "out", micro_batch_size=4)
-    codes, errors = ends(start(arguments, arguments + ["--learning_rate=0.5"]))
+    codes, errors = ended(start(2, train_py(arguments, arguments + ["--learning_rate=0.5"])))
     assert codes == [2, 2] and errors[1] == ""
     assert errors[0] == ("error: learning_rate is 0.01 on rank 0, but 0.5 on rank 1; every rank has to run the same command on "
                          "the same files\n")
-    codes, errors = ends(start(arguments, arguments + [f"--data={tmp_path / 'other' / 'rows.json'}"]))
-    assert codes == [2, 2] and errors[1] == "" and errors[0].startswith("error: data is '") and errors[0].count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_an_error_in_setting_up_one_rank_ends_all(world, tmp_path):
     arguments = flags(world, "d2s", tmp_path / "out", micro_batch_size=4)
-    codes, errors = ends(start(arguments, arguments + ["--teacher=nowhere"]))
+    codes, errors = ended(start(2, train_py(arguments, arguments + ["--student=nowhere"])))
     assert codes == [2, 2] and errors[0] == "" and errors[1].startswith("error: nowhere/config.json: no such file")
+
+
+def test_a_rank_that_dies_ends_the_others(world, tmp_path):
+    """Without torchrun, and in the middle of a step: the other rank must not wait for ever."""
+    ranks = start(2, train_py(flags(world, "d2s", tmp_path / "out", micro_batch_size=4, max_steps=300)))
+    wait_for(lambda: len(logged(tmp_path / "out")) >= 2, lambda: ranks[0].is_alive())
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    codes, errors = ended(ranks, 60)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+
+
+def test_ranks_that_read_other_files_disagree(world, tmp_path):
+    """One row less, or another student, under the same name: the fingerprints differ, and by them the ranks are told apart."""
+    def prints(folder):
+        config = train.Config(train.DEFAULTS, student=str(folder / "dense"))
+        student = Llava.from_pretrained(folder / "dense")
+        return train.fingerprints(config, train.data.InstructionData([(str(folder / "rows.json"), 1.0)], str(folder / "images"),
+                                                                     student.tokenizer, "vicuna", 4, 28, 2048))
+
+    shutil.copytree(world, tmp_path / "other")
+    assert prints(world) == prints(tmp_path / "other")
+    rows = json.loads((world / "rows.json").read_text())
+    (tmp_path / "other" / "rows.json").write_text(json.dumps(rows[:-1]))
+    (tmp_path / "other" / "dense" / "config.json").write_text((world / "dense" / "config.json").read_text() + "\n")
+    one, two = prints(world), prints(tmp_path / "other")
+    assert {key for key in one if one[key] != two[key]} == {"data", "student's config.json"}
 
 
 def test_settings_of_the_machine_may_change_on_resuming(world, whole, tmp_path):

@@ -3,54 +3,45 @@ parallel.py: several ranks compute what one does, whatever each of them keeps, a
 any layout goes on in any other.
 
     python -m pytest tests/test_parallel.py
-
-Starting torchrun takes seconds, so all runs of so many ranks share one start: this file is also the script that it runs.
 """
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import parallel
 import train
+from kill_study import ended, start
 from test_train import STAGES, flags, records
 
 
-def run_all(world: Path, runs: list[dict]) -> None:
-    """On each rank: the runs one after another. Rank 0 notes in out_dir/digests what every rank's weights were at the end."""
-    import torch.distributed as dist
-    torch.set_num_threads(1)
-    seen, spread = {}, parallel.spread
-
-    def watched(objective, ranks, *rest, **more):
-        seen["student"], seen["ranks"] = objective.student, ranks
-        return spread(objective, ranks, *rest, **more)
-
-    parallel.spread = watched
-    for settings in runs:
-        train.main(flags(world, **settings))
-        digest = hashlib.sha256()
-        for name, parameter in sorted(seen["student"].named_parameters()):
-            digest.update(parallel.whole(parameter.detach()).float().numpy().tobytes())
-        digests = seen["ranks"].everybody(digest.hexdigest())
-        if seen["ranks"].rank == 0:
-            (Path(settings["out_dir"]) / "digests").write_text(json.dumps(digests))
-    dist.destroy_process_group()
-
-
 def on_ranks(nproc: int, world: Path, runs: list[dict]) -> None:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", __file__,
-                           str(world), json.dumps(runs, default=str)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    """The runs one after another on so many ranks, which note in out_dir/digests what each one's weights were at the end."""
+    def work(rank: int) -> None:
+        seen, spread = {}, parallel.spread
+
+        def watched(objective, ranks, *rest, **more):
+            seen["student"], seen["ranks"] = objective.student, ranks
+            return spread(objective, ranks, *rest, **more)
+
+        parallel.spread = watched
+        for settings in runs:
+            train.main(flags(world, **settings))
+            digest = hashlib.sha256()
+            for name, parameter in sorted(seen["student"].named_parameters()):
+                digest.update(parallel.whole(parameter.detach()).float().numpy().tobytes())
+            digests = seen["ranks"].everybody(digest.hexdigest())
+            if rank == 0:
+                (Path(settings["out_dir"]) / "digests").write_text(json.dumps(digests))
+        dist.destroy_process_group()
+
+    codes, errors = ended(start(nproc, work), 300)
+    assert codes == [0] * nproc, errors
 
 
 def differences(a: Path, b: Path) -> tuple[float, float]:
@@ -155,6 +146,3 @@ def test_a_state_goes_on_in_any_layout(done, resumed, stage, before, after):
         digests = json.loads((out / "digests").read_text())
         assert len(digests) == 4 and len(set(digests)) == 1
 
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest
-import train   # not used here, but what the forks below start from
+import train
 
 STEPS_PER_LIFE = 12    # a life gets this far at most, so that the run lasts for all kills
 
@@ -76,8 +76,8 @@ def ended(ranks: list[multiprocessing.Process], seconds: float = 120) -> tuple[l
 def train_py(*commands: list[str]) -> Callable[[int], None]:
     """The work of ranks that run train.py as a script: one command line for each, or one for all."""
     def work(rank: int) -> None:
-        sys.argv = ["train.py", *commands[min(rank, len(commands) - 1)]]
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        sys.argv = [train.__file__, *commands[min(rank, len(commands) - 1)]]
+        runpy.run_path(train.__file__, run_name="__main__")
     return work
 
 
@@ -110,16 +110,19 @@ def kill(ranks: list[multiprocessing.Process], out_dir: Path, kind: str, draw: r
         before = len(logged(out_dir))
         while alive() and len(logged(out_dir)) == before:            # the log may be cut first: any change will do
             time.sleep(0.001)
-        goal = last_step(out_dir) + draw.randrange(STEPS_PER_LIFE)
+        goal = max(4, last_step(out_dir) + draw.randrange(STEPS_PER_LIFE))
         while alive() and last_step(out_dir) < goal:
             time.sleep(0.001)
         if kind == "step":
             time.sleep(draw.uniform(0, 0.05))
-        else:
-            unfinished = "state/*.tmp" if kind == "state" else "*.tmp"
-            while alive() and not any(out_dir.glob(unfinished)):
+        elif kind == "state":
+            while alive() and not any(out_dir.glob("state/*.tmp")):
                 pass                                                 # a tiny file is written in a millisecond
-            time.sleep(draw.choice([0, 0, 0.001]))
+        else:
+            states = os.listdir(out_dir / "state")
+            while alive() and (os.listdir(out_dir / "state") == states or any(out_dir.glob("state/*.tmp"))):
+                pass                                                 # a new state is there: next comes the folder
+            time.sleep(draw.uniform(0, 0.01))
     found = "running" if alive() else "ended"
     os.killpg(ranks[0].group, signal.SIGKILL)
     for rank in ranks:

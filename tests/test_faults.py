@@ -349,7 +349,8 @@ def test_broken_data_on_one_rank_ends_all_and_saves_the_step_before(world, tmp_p
     (tmp_path / "images" / "broken.png").write_bytes(b"not a picture")
     codes, errors = ended(start(2, train_py(arguments)))
     assert codes == [2, 2] and sorted(errors)[0] == ""
-    assert sorted(errors)[1].startswith(f"error: {tmp_path / 'images' / 'broken.png'}: not a readable image")
+    assert sorted(errors)[1].startswith(f"error: {tmp_path / 'rows.json'} row 17: ") and sorted(errors)[1].count("\n") == 1
+    assert f"{tmp_path / 'images' / 'broken.png'}: not a readable image" in sorted(errors)[1]
     step = len(records(tmp_path / "out"))
     assert step < 4 and [resume.step_of(path) for path in resume.saved_states(tmp_path / "out")] == ([step] if step else [])
     shutil.copy(tmp_path / "images" / "0.png", tmp_path / "images" / "broken.png")

@@ -119,7 +119,14 @@ def join(device: str) -> Ranks:
     control = None
     if world_size > 1:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo", device_id=device if use_cuda else None)
+            store, _, _ = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+                # After --max_restarts, torchrun's store still holds the addresses of the ranks that died. So each life of
+                # a run gets a drawer of its own. (With several machines, which count their restarts each for itself, set
+                # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: then it makes a new store.)
+                store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                                    device_id=device if use_cuda else None)
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     return Ranks(rank, local_rank, world_size, device, control)
 

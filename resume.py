@@ -236,7 +236,8 @@ class Stop:
         second = self.signal is not None and time.monotonic() - self.since > 1
         if not self.can_wait or second:
             when = "again, ending at once" if second else "before the first step: nothing to save"
-            os.write(2, f"{signal.Signals(number).name} {when}\n".encode())
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, f"{signal.Signals(number).name} {when}\n".encode())
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self.since = signal.Signals(number), time.monotonic()

@@ -3,9 +3,9 @@
 #   torchrun --nproc_per_node=16 train.py config/teacher_sft.py
 #
 # Reproduces: the row "teacher, Qwen-1.5-7B" of the paper's Table 1 (average 62.1).
-# Hardware: this is the one stage that does not fit plain data parallelism. Weights, gradients and Adam states of 7.7B
-# parameters in fp32 take 16 bytes each, 124 GB a GPU. Until the loop can shard them, train the teacher elsewhere: any
-# LLaVA folder with Qwen1.5-7B, CLIP-L/14-336 and "template": "vicuna" in its config.json can stand in out/teacher/sft.
+# Hardware: 16 A100s. Weights, gradients and Adam's averages of 7.7B parameters take 16 bytes each, 124 GB: too much for one
+# GPU, so each of the 16 keeps a sixteenth (parallel = "fsdp"). Any other LLaVA folder with Qwen1.5-7B, CLIP-L/14-336 and
+# "template": "vicuna" in its config.json can stand in out/teacher/sft as well.
 stage = "sft"
 student = "out/teacher/align"
 data = "data/teacher/llava_v1_5_mix665k.json"
@@ -18,5 +18,7 @@ learning_rate = 2e-5
 beta2 = 0.999                   # LLaVA-1.5's AdamW
 eps = 1e-8
 max_length = 2048
+parallel = "fsdp"
+checkpointing = True
 num_workers = 4
 save_every = 1000

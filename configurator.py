@@ -17,6 +17,9 @@ from types import ModuleType
 class ConfigError(ValueError):
     """The user's settings are wrong; one line says which file or flag, what was found and what was expected."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))             # whatever was found may hold several
+
 
 class Config(dict):
     """A dict whose keys are also attributes: config.batch_size is config["batch_size"]."""

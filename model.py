@@ -39,6 +39,9 @@ from moe import Routing, SparseFFN
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message is one line that says which file or key, and why."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))             # whatever the names found in a file hold
+
 
 # -----------------------------------------------------------------------------
 # Sizes. The defaults are CLIP-L/14-336 and Qwen1.5-1.8B, the paper's 2B student.
@@ -584,18 +587,33 @@ def expect(path: Path, config: dict, key: str, only: object, default: object = N
     """The architecture is fixed here; a checkpoint that asks for another one must not load quietly."""
     found = config.get(key, only if default is None else default)
     if found != only:
-        raise CheckpointError(f"{path}: {key} is {found!r}, but this code computes {only!r} only")
+        raise CheckpointError(f"{path}: {key} is {shorten(found)}, but this code computes {only!r} only")
 
 
-def take(path: Path, config: dict, key: str, kind: type, default: object = None) -> object:
-    """A number from a config, with its type checked."""
+def take(path: Path, config: dict, key: str, kind: type, default: object = None, most: int = 10**8) -> object:
+    """A number or a bool from a config, checked."""
     value = config.get(key)
     value = default if value is None else value
     good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not good or (kind is int and value < 0):
-        expected = "a number" if kind in (int, float) else kind.__name__
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
+    if not good or (kind is not bool and not 0 <= value <= most):
+        expected = "true or false" if kind is bool else "a whole number" if kind is int else "a number"
+        raise CheckpointError(f"{path}: {key} is {shorten(value)}, expected {expected}"
+                              + ("" if kind is bool else f" from 0 to {most:,}"))
     return kind(value)
+
+
+def take_object(path: Path, config: dict, key: str) -> dict:
+    """A part of a config that may be absent."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {key} is {shorten(value)}, expected an object")
+    return value or {}
+
+
+def shorten(value: object) -> str:
+    """A found value, short enough for a one-line message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_vision_config(path: Path, config: dict) -> VisionConfig:
@@ -607,7 +625,7 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
         image_size=take(path, config, "image_size", int, 224),
         patch_size=take(path, config, "patch_size", int, 32),
         n_embd=take(path, config, "hidden_size", int, 768),
-        n_layer=take(path, config, "num_hidden_layers", int, 12),
+        n_layer=take(path, config, "num_hidden_layers", int, 12, most=1000),
         n_head=take(path, config, "num_attention_heads", int, 12),
         ffn=take(path, config, "intermediate_size", int, 3072),
         norm_eps=take(path, config, "layer_norm_eps", float, default.norm_eps),
@@ -628,7 +646,7 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     expect(path, config, "hidden_act", "silu")
     expect(path, config, "use_sliding_window", False)
     expect(path, config, "qkv_bias", True)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = take_object(path, config, "rope_parameters") or take_object(path, config, "rope_scaling")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise CheckpointError(f"{path}: rope_type is {rope_type!r}, but this code computes 'default' only")
@@ -636,7 +654,7 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     text = DecoderConfig(
         vocab_size=take(path, config, "vocab_size", int),
         n_embd=take(path, config, "hidden_size", int),
-        n_layer=take(path, config, "num_hidden_layers", int),
+        n_layer=take(path, config, "num_hidden_layers", int, most=1000),
         n_head=n_head,
         n_kv_head=take(path, config, "num_key_value_heads", int, n_head),
         ffn=take(path, config, "intermediate_size", int),
@@ -651,10 +669,12 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     if kind == "qwen2_moe":
         expect(path, config, "shared_expert_intermediate_size", 0, default=5632)
         expect(path, config, "moe_intermediate_size", text.ffn, default=1408)
-        text.num_experts = take(path, config, "num_experts", int, 60)
+        text.num_experts = take(path, config, "num_experts", int, 60, most=1000)
         text.top_k = take(path, config, "num_experts_per_tok", int, 4)
         text.norm_topk = take(path, config, "norm_topk_prob", bool, False)
         step, dense = take(path, config, "decoder_sparse_step", int, 1), config.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise CheckpointError(f"{path}: mlp_only_layers is {shorten(dense)}, expected a list of layer numbers")
         text.sparse_layers = [i for i in range(text.n_layer) if step and (i + 1) % step == 0 and i not in dense]
         if not 1 <= text.top_k <= text.num_experts:
             raise CheckpointError(f"{path}: num_experts_per_tok {text.top_k} must lie between 1 and num_experts "
@@ -669,7 +689,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
             index = read_json(folder / index_name).get("weight_map")
             if not isinstance(index, dict):
                 raise CheckpointError(f"{folder / index_name}: has no weight_map")
-            return {key: folder / str(name) for key, name in index.items()}
+            for key, name in index.items():
+                if not isinstance(name, str) or not name or Path(name).name != name:
+                    raise CheckpointError(f"{folder / index_name}: {key} is in {shorten(name)}, expected a file beside the index")
+            return {key: folder / name for key, name in index.items()}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return {key: folder / name for key in TensorFile(folder / name).keys()}
@@ -797,11 +820,15 @@ def describe_llava(folder: Path) -> Llava:
                               f"{text.vocab_size}")
 
     def special(name: str) -> object:
-        return config[name] if config.get(name) is not None else config["text_config"].get(name)
+        value = config[name] if config.get(name) is not None else config["text_config"].get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < text.vocab_size for token in ids):
+            raise CheckpointError(f"{path}: {name} is {shorten(value)}, expected an id below vocab_size {text.vocab_size}")
+        return value
 
     template = config.get("template")
-    if template is not None and template not in TEMPLATE_FILES:
-        raise CheckpointError(f"{path}: template is {template!r}, expected one of {', '.join(TEMPLATE_FILES)}")
+    if template is not None and template not in list(TEMPLATE_FILES):
+        raise CheckpointError(f"{path}: template is {shorten(template)}, expected one of {', '.join(TEMPLATE_FILES)}")
     llava_config = LlavaConfig(vision, text, image_token_id, special("pad_token_id"), special("eos_token_id"), template)
     tokenizer = read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if tokenizer is not None and tokenizer.token_to_id(IMAGE_TOKEN) != image_token_id:
@@ -826,7 +853,7 @@ def describe_parts(vision_folder: Path, llm_folder: Path, template: str) -> Llav
     kind = config.get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{path}: model_type is {kind!r}, expected 'clip' or 'clip_vision_model'")
-    vision = read_vision_config(path, config if kind == "clip_vision_model" else config.get("vision_config") or {})
+    vision = read_vision_config(path, config if kind == "clip_vision_model" else take_object(path, config, "vision_config"))
     text = read_decoder_config(llm_folder / "config.json", read_json(llm_folder / "config.json"))
 
     tokenizer = read_tokenizer(llm_folder)

@@ -123,22 +123,22 @@ def memory(student: Llava, teacher: Llava | None, config: Config, world_size: in
     learns = [p for p in student.parameters() if p.requires_grad]
     half = getattr(torch, config.dtype).itemsize
     ours = {id(p) for p in student.parameters()}
-    sharded = world_size if config.parallel == "fsdp" else 1
+    sharded = world_size if config.get("parallel", "ddp") == "fsdp" else 1
 
     items = {
         "weights that learn, fp32": size(learns) / sharded,
         "frozen weights of the student": size(p for p in student.parameters() if not p.requires_grad),
         "teacher": size(p for p in teacher.parameters() if id(p) not in ours) if teacher else 0,
         "gradients, fp32": 4 * sum(p.numel() for p in learns) / sharded,
-        "Adam's moments, fp32": 8 * (sum(p.numel() for p in learns) / world_size if config.parallel == "fsdp"
+        "Adam's moments, fp32": 8 * (sum(p.numel() for p in learns) / world_size if config.get("parallel", "ddp") == "fsdp"
                                      else largest_share([p.numel() for p in learns], world_size)),
         "bf16 copies of what learns": copied(student, half),
-        "activations": activations(student, batch, config.checkpointing, half),
+        "activations": activations(student, batch, config.get("checkpointing", False), half),
     }
     # These follow one another, so only the largest counts.
     passing = {"in the ViT or the teacher": frozen_pass(student, teacher, batch, half) - items["activations"],
-               "in the loss": loss_work(student, teacher, batch, half),
-               "in one block's backward": block_work(student, batch, config.checkpointing, half)}
+               "in the loss": loss_work(student, teacher, teacher is not None and config.stage != "pd", batch, half),
+               "in one block's backward": block_work(student, batch, config.get("checkpointing", False), half)}
     largest = max(passing, key=passing.get)
     items[f"working memory ({largest})"] = passing[largest]
     items["CUDA, NCCL, cuBLAS"] = OVERHEAD
@@ -209,20 +209,21 @@ def ffn_wide(ffn, half: int) -> int:
 
 
 def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int) -> float:
-    """While the backward is inside a block: gradients of the FFN's inner tensors, and what was computed again."""
-    stream, D, work = stream_bytes(student), student.config.text.n_embd, 0
+    """While the backward is inside a block: what was computed again, and gradients that are on their way."""
+    stream, D, per_token = stream_bytes(student), student.config.text.n_embd, 0
     for block in student.decoder.blocks:
-        ffn, share = block.ffn, 1
-        if isinstance(ffn, SparseFFN):
-            ffn, share = ffn.experts[0], block.ffn.top_k / len(block.ffn.experts)   # one expert after the other
-        gradients = half * 3 * ffn.gate_proj.out_features * share + 2 * stream * D
-        again = saved_by_block(block, stream, half) if checkpointing else 0
-        weights = (4 + half) * ffn.gate_proj.weight.numel() if ffn.gate_proj.weight.requires_grad else 0
-        work = max(work, batch.rows * batch.tokens * (gradients + again) + weights)
-    return work
+        if isinstance(block.ffn, SparseFFN):
+            work = (4 + half) * block.ffn.top_k * D + (4 + 3 * half) * D   # experts' outputs, weighted, added up; their input
+        else:                                                        # six FFN-wide tensors, some of which were kept anyway
+            work = 6 * half * block.ffn.gate_proj.out_features - ffn_wide(block.ffn, half)
+        work += stream * D - 4 * D                                   # the stream's gradient; the last norm's input is gone
+        if checkpointing:                                            # an fp32 block input is the norm's, and was kept
+            work += saved_by_block(block, stream, half) - (4 * D if stream == 4 else 0)
+        per_token = max(per_token, work)
+    return batch.rows * batch.tokens * per_token
 
 
-def loss_work(student: Llava, teacher: Llava | None, batch: Batch, half: int) -> float:
+def loss_work(student: Llava, teacher: Llava | None, kl: bool, batch: Batch, half: int) -> float:
     """The loss: head, softmax and their gradients for CHUNK tokens at a time."""
     head = student.decoder.head_weight
     V, D = head.shape
@@ -230,7 +231,8 @@ def loss_work(student: Llava, teacher: Llava | None, batch: Batch, half: int) ->
     if teacher is not None:
         hidden += half * batch.learned * teacher.config.text.n_embd
     weight = (4 + half) * head.numel() if head.requires_grad else 0  # its gradient so far, and its copy in bf16
-    per_logit = 30 if teacher is not None else 18                    # log-softmaxes of both models, and their gradients
+    # logits, their fp32 copy, its log-softmax, and a gradient; for the KL another log-softmax, the teacher's, and their product
+    per_logit = 32 if kl else 16
     return hidden + weight + min(CHUNK, batch.learned) * V * per_logit
 
 
@@ -248,7 +250,7 @@ def frozen_pass(student: Llava, teacher: Llava | None, batch: Batch, half: int) 
 # Arithmetic, in FLOPs for the whole of `batch`
 
 def products(llava: Llava, batch: Batch):
-    """Every matrix in the order of the forward: (part, parameter, how many vectors it is multiplied with)."""
+    """Every matrix in the order of the forward: (name, part, parameter, how many vectors it multiplies)."""
     vision, text = llava.config.vision, llava.config.text
     last = vision.n_layer + 1 + vision.feature_layer                 # ViT blocks that run
     head = llava.decoder.head_weight
@@ -265,7 +267,7 @@ def products(llava: Llava, batch: Batch):
             part, vectors = "blocks", batch.rows * batch.tokens * text.top_k / text.num_experts
         else:
             part, vectors = "blocks", batch.rows * batch.tokens * (".blocks." in name)
-        yield part, p, vectors if p.ndim > 1 else 0
+        yield name, part, p, vectors if p.ndim > 1 else 0
 
 
 def attention_flops(config: DecoderConfig | VisionConfig, layers: int, sequences: int, T: float, causal: bool) -> float:
@@ -284,7 +286,7 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
     passes["ViT"]["attention"] = towers * quadratic
 
     upstream = False                                                 # does anything before this matrix learn?
-    for part, p, vectors in products(student, batch):
+    for name, part, p, vectors in products(student, batch):
         product = 2 * p.numel() * vectors
         if part == "ViT":
             passes["ViT"]["matrices"] += towers * product
@@ -292,15 +294,16 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
         passes["student forward"][part] += product
         passes["student backward"][part] += product * (upstream + p.requires_grad)
         upstream |= p.requires_grad
-        if config.checkpointing and part == "blocks":
+        last_of_block = name.endswith(".ffn.down_proj.weight")       # nothing after it is kept: not computed again
+        if config.get("checkpointing", False) and part == "blocks" and not last_of_block:
             passes["recomputation"][part] += product
     quadratic = attention_flops(text, text.n_layer, batch.rows, batch.tokens, causal=True)
     passes["student forward"]["attention"] = quadratic
     passes["student backward"]["attention"] = 2.5 * quadratic        # scores again, then the gradients of v, weights, q, k
-    if config.checkpointing:
+    if config.get("checkpointing", False):
         passes["recomputation"]["attention"] = quadratic
     if teacher is not None:
-        for part, p, vectors in products(teacher, batch):
+        for name, part, p, vectors in products(teacher, batch):
             passes["teacher forward"][part] += 2 * p.numel() * vectors * (part != "ViT")
         theirs = teacher.config.text
         passes["teacher forward"]["attention"] = attention_flops(theirs, theirs.n_layer, batch.rows, batch.tokens, causal=True)

@@ -27,7 +27,7 @@ TEXT = dict(vocab_size=2048, n_embd=256, n_layer=3, n_head=4, n_kv_head=4, ffn=7
 def make(stage, items=2, tokens=300, response=60, text=TEXT, **settings):
     """A run's config, student, teacher, one micro-batch as `collate` gives it, and the same as plan.py sees it."""
     torch.manual_seed(0)
-    config = Config(train.DEFAULTS | dict(parallel="ddp", checkpointing=False), stage=stage,
+    config = Config(train.DEFAULTS, stage=stage,
                     teacher="one" if stage in train.WITH_TEACHER else "")
     config.update(settings)
     shape = LlavaConfig(VISION, DecoderConfig(**text), text["vocab_size"] - 2, text["vocab_size"] - 1, None, None)

@@ -105,6 +105,8 @@ def describe(name: str) -> LlavaConfig:
     if not path.is_file():
         raise unknown(name, DECODERS)
     config = read_json(path)
+    if config.get("model_type") != "llava":
+        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llava'")
     vision = read_vision_config(path, config["vision_config"])
     vision.feature_layer = config.get("vision_feature_layer", -2)
     return LlavaConfig(vision, read_decoder_config(path, config["text_config"]), 0, 0, None, None)
@@ -140,7 +142,7 @@ def memory(student: Llava, teacher: Llava | None, config: Config, world_size: in
     learns = [p for p in student.parameters() if p.requires_grad]
     ViT = size_of(student.vision.parameters())
     pieces, Adam = 1, largest_share(learns, world_size)
-    copies, ending, on_the_way = copied(student, half), 0, 0
+    copies, ending, on_the_way = copied(student, half), embedding_gradient(student), 0
     if config.parallel == "fsdp" and world_size > 1:                 # of all but the ViT and the teacher
         pieces, Adam, stream = world_size, count(learns) / world_size, half
         copies, ending, on_the_way = put_together(student, half)
@@ -193,6 +195,12 @@ def copied(student: Llava, half: int) -> float:
                         if p.element_size() > half and not any(other in name for other in others))
 
 
+def embedding_gradient(student: Llava) -> int:
+    """As large as the embedding, however few rows were looked up. If tied, the head's is there, and their sum."""
+    embedding = student.decoder.embedding.weight
+    return 4 * embedding.numel() * (3 if student.config.text.tied else 1) if embedding.requires_grad else 0
+
+
 def activations(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
     """What the forward keeps for the backward."""
     D, Dv = student.config.text.n_embd, student.config.vision.n_embd
@@ -238,7 +246,7 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     per_logit = 16                                                   # in bf16 and fp32, log-softmax, gradient
     if teacher is not None and config.stage != "pd":
         work += half * batch.learned * teacher.config.text.n_embd
-        per_logit = 32                                               # again for the KL, and the teacher's, their product
+        per_logit = 32                                               # again for the KL; the teacher's; their product
     return work + min(CHUNK, batch.learned) * V * per_logit
 
 
@@ -380,8 +388,8 @@ def report(config: Config, world_size: int, lengths: list[int] | None = None, st
     text, stage = student.config.text, STAGES[config.stage]
     longest, mean = (max(lengths), sum(lengths) / len(lengths)) if lengths is not None else (None, None)
     sparse = f", {text.num_experts} experts, {text.top_k} active, in {len(text.sparse_layers)} of {text.n_layer} layers"
-    lines = [f"stage {config.stage} on {world_size} GPU{'s' * (world_size > 1)}, {config.batch_size} rows a step, "
-             f"{config.micro_batch_size} a GPU and pass",
+    lines = [f"stage {config.stage} on {world_size} GPU{'s' * (world_size > 1)}, {config.batch_size} "
+             f"{'pairs' if config.stage == 'pd' else 'rows'} a step, {config.micro_batch_size} a GPU and pass",
              f"student {config.student or config.llm}{sparse * bool(text.num_experts)}"
              + f"; teacher {config.teacher}" * bool(config.teacher), ""]
     lines += columns(["parameters", "all", "active per token", "learn"], parameter_rows(student, teacher))
@@ -404,12 +412,12 @@ def report(config: Config, world_size: int, lengths: list[int] | None = None, st
     lines += [f"{steps:,} steps of {step.rows * step.tokens:,.0f} positions, {3600 * hours / world_size / steps:.2f} s "
               f"each: {hours / world_size:,.1f} hours, {hours:,.1f} GPU-hours", "", "This assumes"]
     if not told:
-        lines += [f"- as many rows as the paper has in this stage, {stage.rows:,}, {config.epochs} times over"]
+        lines += [f"- the {stage.rows:,} rows that the paper has in this stage, for {config.epochs} epoch(s)"]
     if lengths is None:
         lines += [f"- rows of {step.tokens:.0f} positions on average ({student.config.image_tokens} of an image, "
                   f"{stage.text} of text), of max_length at most"]
     lines += [f"- {step.learned / step.rows:.0f} tokens of a row to learn from",
-              f"- A100s at {UTILISATION:.0%} of {PEAK_FLOPS[config.dtype] / 1e12:.0f} TFLOP/s, no time for reading and saving",
+              f"- A100s at {UTILISATION:.0%} of {PEAK_FLOPS[config.dtype] / 1e12:.0f} TFLOP/s, not waiting for data",
               f"- {OVERHEAD / 1e9} GB for CUDA, NCCL and cuBLAS; GB are 10^9 bytes"]
     if config.teacher_cache:
         lines += ["- a teacher_cache still to be filled; once it is, the teacher's forward is saved"]
@@ -464,10 +472,10 @@ def table(world_size: int = 16) -> str:
                                for longest in (None, round(step.tokens)))
                 fits = " and ".join(card for card, room in CARDS.items() if most <= room) or "neither"
                 passes = flops(learner, frozen, config, step)
-                hours = gpu_hours(passes, steps, config)
+                total, hours = sum(parts.total() for parts in passes.values()), gpu_hours(passes, steps, config)
                 all_hours += hours
                 lines.append(f"| {model} | {name} | {most / 1e9:.0f} ({usual / 1e9:.0f}) | {fits} | "
-                             f"{sum(parts.total() for parts in passes.values()) / 1e15:.1f} | {steps:,} | {hours:.0f} |")
+                             f"{total / 1e15:.1f} | {steps:,} | {hours:.0f} |")
             lines.append(f"| {model} | all | | | | | {all_hours:.0f} |")
     return "\n".join(lines)
 

@@ -1,0 +1,484 @@
+"""
+What a run will take, worked out before it starts: memory per GPU, arithmetic, hours. Without weights and without a GPU.
+
+    python train.py config/d2s.py --dry_run=True --student=Qwen/Qwen1.5-1.8B --teacher=Qwen/Qwen1.5-7B
+    python plan.py                        the README's table: every stage of the paper's four students, in Markdown
+
+Memory has two halves. What stands there all the time grows with the model:
+
+    a parameter that learns    4 bytes of weight + 4 of gradient + 8 of Adam's two averages, all fp32   = 16
+    a frozen parameter         2 bytes, bf16: a frozen 7B teacher takes no more than a 1B student that learns
+
+(parallel.py says how ranks share the 16.) What comes and goes with each pass grows with its tokens: an operation keeps
+whatever its own derivative will ask for. A product with a matrix keeps its input if the matrix learns; SiLU and "times"
+keep theirs in any case; attention keeps q, k, v, its output and one number per row, never the T x T scores; a norm
+keeps its input, in fp32. Checkpointing keeps only what goes into each block, and computes the block again when the
+backward gets there: time for memory. The teacher keeps nothing, so its pass takes less than the student's.
+
+Arithmetic is nearly all products with matrices. A vector times a matrix of n numbers is n multiplications, n additions:
+
+    2n FLOPs forward; 2n backward for the gradient of the vector; 2n backward for the gradient of the matrix
+
+The last only if the matrix learns, the middle one only if something before it does. In every stage the adaptor learns
+and stands before the decoder, so freezing the decoder saves a third of the arithmetic, not two. Attention adds T x T
+dot products per head, half of which causality spares. Norms, rotations and softmax are few FLOPs, yet take time; they
+are part of why a GPU reaches UTILISATION and not 1.
+
+The models are built on torch's meta device: shapes and dtypes without numbers. What can be counted off them is counted,
+and the tests hold the rest against what a step really does. Letters as in model.py; GB are 10^9 bytes.
+"""
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from configurator import Config, load_config
+from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, read_decoder_config,
+                   read_json, read_vision_config)
+from moe import SparseFFN, upcycle
+from train import DEFAULTS, choose_trainable
+
+# Assumptions. A report prints them.
+PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, a second; fp32 by way of tf32
+UTILISATION = 0.4              # the share of it that a training step reaches
+OVERHEAD = 1.5e9               # bytes: CUDA context, buffers of NCCL and cuBLAS
+CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to the gaps between tensors
+CHUNK = 256                    # tokens whose logits exist at one time: losses.by_chunks on a GPU
+TOWER = "openai/clip-vit-large-patch14-336"
+
+
+class Stage(NamedTuple):
+    """The paper's data of a stage: how many rows, and our guess of what an average one holds beside its image."""
+    rows: int                  # in pd: pairs
+    text: int                  # tokens, system prompt and question included; in pd with one of the two answers
+    response: int              # those of them that are learned from
+
+
+STAGES = {
+    "align": Stage(558_128, 75, 25),       # one short caption each
+    "sft": Stage(665_298, 300, 150),       # LLaVA-1.5's mixture, which the teacher is tuned with
+    "d2d": Stage(2_400_000, 250, 180),     # long captions, some dialogues
+    "d2s": Stage(1_400_000, 250, 130),     # short answers, several to an image
+    "pd": Stage(83_132, 160, 100),         # RLAIF-V
+}
+
+
+class Batch(NamedTuple):
+    """The rows of a pass or of a step, as far as their cost goes."""
+    rows: int                  # sequences in the decoder; in pd two for each pair
+    tokens: float              # T
+    learned: float             # tokens that the head is applied to, of all rows together
+    images: int                # through the ViT; in pd both rows of a pair show the same
+
+    @classmethod
+    def of(cls, config: Config, items: int, tokens: float, learned: float) -> "Batch":
+        """`items` rows, in pd pairs, with one image each; `learned` tokens a row."""
+        rows = 2 * items if config.stage == "pd" else items
+        return cls(rows, tokens, rows * learned, items)
+
+
+# -----------------------------------------------------------------------------
+# The models, without weights
+
+def build(config: Config) -> tuple[Llava, Llava | None]:
+    """Student and teacher of a run on the meta device: in their dtypes, and what learns marked."""
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):
+        student = Llava(describe(config.student) if config.student else describe_parts(config.vision, config.llm))
+        teacher = Llava(describe(config.teacher)).to(dtype).requires_grad_(False) if config.teacher else None
+        if config.stage in ("d2s", "pd") and not student.config.text.num_experts:
+            upcycle(student, config.num_experts, config.top_k, config.moe_layers, config.norm_topk)
+    choose_trainable(student, config, dtype)
+    if teacher is not None and teacher.config.vision == student.config.vision:
+        teacher.vision = student.vision                              # as in train.py, where the weights must agree too
+    return student, teacher
+
+
+def describe(name: str) -> LlavaConfig:
+    """A LLaVA folder, of which config.json is enough, or a published decoder's name, with CLIP-L/14-336 before it."""
+    if name in DECODERS:
+        return describe_parts(TOWER, name)
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        raise unknown(name, DECODERS)
+    config = read_json(path)
+    if config.get("model_type") != "llava":
+        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llava'")
+    vision = read_vision_config(path, config["vision_config"])
+    vision.feature_layer = config.get("vision_feature_layer", -2)
+    return LlavaConfig(vision, read_decoder_config(path, config["text_config"]), 0, 0, None, None)
+
+
+def describe_parts(vision: str, llm: str) -> LlavaConfig:
+    """The same of a new model: a CLIP folder or TOWER, and a Qwen folder or a published name."""
+    for name, known in ((vision, [TOWER]), (llm, DECODERS)):
+        if name not in known and not (Path(name) / "config.json").is_file():
+            raise unknown(name, known)
+    tower, text = VisionConfig(), DECODERS.get(llm)
+    if vision != TOWER:
+        path = Path(vision) / "config.json"
+        config = read_json(path)
+        tower = read_vision_config(path, config.get("vision_config", config))
+    path = Path(llm) / "config.json"
+    text = replace(text) if text else read_decoder_config(path, read_json(path))
+    return LlavaConfig(tower, text, 0, 0, None, None)
+
+
+def unknown(name: str, known: Iterable[str]) -> CheckpointError:
+    return CheckpointError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one of "
+                           f"{', '.join(known)}")
+
+
+# -----------------------------------------------------------------------------
+# Memory, in bytes per GPU. `half` are the bytes of a number in matrix products, `stream` those of one in the residual
+# stream, which has the dtype of the embedding: fp32 where that learns.
+
+def memory(student: Llava, teacher: Llava | None, config: Config, world_size: int, batch: Batch) -> dict[str, float]:
+    """Item by item what the fullest GPU holds at the worst moment of its work on the micro-batch `batch`."""
+    half, stream = getattr(torch, config.dtype).itemsize, student.decoder.embedding.weight.element_size()
+    learns = [p for p in student.parameters() if p.requires_grad]
+    ViT = size_of(student.vision.parameters())
+    pieces, Adam = 1, largest_share(learns, world_size)
+    copies, ending, on_the_way = copied(student, half), embedding_gradient(student), 0
+    if config.parallel == "fsdp" and world_size > 1:                 # of all but the ViT and the teacher
+        pieces, Adam, stream = world_size, count(learns) / world_size, half
+        copies, ending, on_the_way = put_together(student, half)
+
+    kept = activations(student, batch, config.checkpointing, half, stream)
+    moments = {                                                      # one after the other, so only the worst counts
+        "the loss": loss_work(student, teacher, config, batch, half),
+        "a block's backward": block_work(student, batch, config.checkpointing, half, stream) + on_the_way,
+        "the end of the backward": ending - kept,
+    }
+    worst = max(moments, key=moments.get)
+    items = {
+        "weights that learn, fp32": 4 * count(learns) / pieces,
+        "frozen weights": ViT + (size_of(student.parameters()) - 4 * count(learns) - ViT) / pieces,
+        "teacher": 0,
+        "gradients, fp32": 4 * count(learns) / pieces,
+        "Adam's averages, fp32": 8 * Adam,
+        "low-precision copies of weights": copies,
+        "activations": kept,
+        f"working memory ({worst})": moments[worst],
+        "CUDA, NCCL, cuBLAS": OVERHEAD,
+    }
+    if teacher is not None and not config.teacher_cache:
+        items["teacher"] = size_of(teacher.parameters()) - (ViT if teacher.vision is student.vision else 0)
+    return items
+
+
+def count(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def size_of(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def largest_share(parameters: list[torch.Tensor], world_size: int) -> int:
+    """How many numbers the busiest rank updates: ZeroRedundancyOptimizer deals out whole parameters, the largest first,
+    each to the rank with the least. One embedding can be more than a fair share."""
+    ranks = [0] * world_size
+    for size in sorted((p.numel() for p in parameters), reverse=True):
+        ranks[ranks.index(min(ranks))] += size
+    return max(ranks)
+
+
+def copied(student: Llava, half: int) -> float:
+    """autocast casts each fp32 matrix when it is first used, and keeps the copy until the pass is over."""
+    # But not norms and routers, which stay fp32; embeddings, which are looked up; the head, see loss_work.
+    others = ("norm.", ".router.", "embedding.", "lm_head.")
+    return half * count(p for name, p in student.named_parameters()
+                        if p.element_size() > half and not any(other in name for other in others))
+
+
+def embedding_gradient(student: Llava) -> int:
+    """As large as the embedding, however few rows were looked up. If tied, the head's is there, and their sum."""
+    embedding = student.decoder.embedding.weight
+    return 4 * embedding.numel() * (3 if student.config.text.tied else 1) if embedding.requires_grad else 0
+
+
+def activations(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
+    """What the forward keeps for the backward."""
+    D, Dv = student.config.text.n_embd, student.config.vision.n_embd
+    per_patch = half * (Dv + 2 * D)                                  # the adaptor's input, before and after GELU
+    per_token = 4 * D                                                # the last norm's input
+    for block in student.decoder.blocks:
+        per_token += stream * D if checkpointing else kept_by_block(block, half, stream)
+    return batch.rows * (student.config.image_tokens * per_patch + batch.tokens * per_token)
+
+
+def kept_by_block(block: Block, half: int, stream: int) -> float:
+    """Bytes per token."""
+    attn, ffn = block.attn, block.ffn
+    D, q, kv = attn.q_proj.in_features, attn.q_proj.out_features, attn.k_proj.out_features
+
+    def input_of(*linears) -> int:
+        """Kept if the matrix learns. Several share their input, unless it has another dtype and each casts it."""
+        learn = sum(linear.weight.requires_grad for linear in linears)
+        return half * D * (learn if stream != half else min(learn, 1))
+
+    kept = 4 * D + input_of(attn.q_proj, attn.k_proj, attn.v_proj)   # the first norm's input, and its output
+    kept += half * (q + kv + kv + q) + 4 * attn.n_head               # q, k, v, o_proj's input; log-sum-exp of each row
+    kept += 4 * D                                                    # the second norm's input
+    if not isinstance(ffn, SparseFFN):
+        return kept + input_of(ffn.gate_proj, ffn.up_proj) + ffn_wide(ffn, half)
+    expert, A = ffn.experts[0], ffn.top_k
+    kept += 4 * D                                                    # the router's input, fp32
+    return kept + A * (input_of(expert.gate_proj) + ffn_wide(expert, half) + half * D)   # and A experts' output
+
+
+def ffn_wide(ffn: FFN, half: int) -> int:
+    """gate, silu(gate), up, and their product if down_proj learns."""
+    return half * ffn.gate_proj.out_features * (4 if ffn.down_proj.weight.requires_grad else 3)
+
+
+def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batch, half: int) -> float:
+    """Both models' logits and what is made of them, CHUNK tokens at a time."""
+    head = student.decoder.head_weight
+    V, D = head.shape
+    work = half * batch.learned * 2 * D                              # what the head reads, and its gradient
+    if head.requires_grad:
+        work += (4 + half) * V * D                                   # the head's gradient so far, and its copy in bf16
+    per_logit = 16                                                   # in bf16 and fp32, log-softmax, gradient
+    if teacher is not None and config.stage != "pd":
+        work += half * batch.learned * teacher.config.text.n_embd
+        per_logit = 32                                               # again for the KL; the teacher's; their product
+    return work + min(CHUNK, batch.learned) * V * per_logit
+
+
+def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
+    """While the backward is inside a block: gradients on their way, and what was computed again."""
+    D, worst = student.config.text.n_embd, 0
+    for block in student.decoder.blocks:
+        if isinstance(block.ffn, SparseFFN):                         # the experts' outputs, weighted, added up
+            per_token = (half + 4) * block.ffn.top_k * D + (4 + 3 * half) * D
+        else:                                                        # six FFN-wide tensors, some were kept anyway
+            per_token = 6 * half * block.ffn.gate_proj.out_features - ffn_wide(block.ffn, half)
+        per_token += stream * D - 4 * D                              # a gradient, while the last norm's input is gone
+        if checkpointing:                                            # of an fp32 stream the norm's input is the block's
+            per_token += kept_by_block(block, half, stream) - (4 * D if stream == 4 else 0)
+        worst = max(worst, per_token)
+    return batch.rows * batch.tokens * worst
+
+
+def put_together(student: Llava, half: int) -> tuple[float, float, float]:
+    """With fsdp, what a rank holds beyond its pieces: weights, gradients at the end, and gradients in between."""
+    decoder, units = student.decoder, []                             # a unit: what is put together at one time
+    for block in decoder.blocks:
+        units.append(count(p for name, p in block.named_parameters() if ".experts." not in name))
+        units += [count(expert.parameters()) for expert in getattr(block.ffn, "experts", [])]
+    root = [decoder.embedding.weight] + [decoder.head_weight] * (not student.config.text.tied)
+    weights = half * (count(root) + count(student.adaptor.parameters()) + 2 * max(units))   # this unit and the next
+    if not any(p.requires_grad for p in decoder.parameters()):
+        return weights, 0, 0
+    learn = count(p for p in root if p.requires_grad)                # their gradients wait, in bf16, and leave last
+    return weights, 4 * learn, 4 * max(units) + half * (decoder.head_weight.numel() if learn else 0)
+
+
+# -----------------------------------------------------------------------------
+# Arithmetic, in FLOPs for all of `batch`
+
+def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -> dict[str, Counter]:
+    """Of each pass, what its products with matrices take ("matrices", "head") and its attention's T x T products."""
+    passes = {what: Counter() for what in ("ViT", "teacher forward", "student forward", "student backward",
+                                           "student's blocks again")}
+    for llava, forward in ((student, "student forward"), (teacher, "teacher forward")):
+        if llava is None:
+            continue
+        looks = llava is student or teacher.vision is not student.vision       # or has another looked for it?
+        for _, part, p, vectors in products(llava, batch):
+            if part != "ViT":
+                passes[forward][part] += 2 * p.numel() * vectors
+            elif looks:
+                passes["ViT"]["matrices"] += 2 * p.numel() * vectors
+        vision, text = llava.config.vision, llava.config.text
+        if looks:
+            each = blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
+            passes["ViT"]["attention"] += batch.images * each
+        passes[forward]["attention"] = batch.rows * text.n_layer * quadratic(batch.tokens, text.n_embd) / 2   # causal
+
+    upstream = False                                                 # does anything before this matrix learn?
+    for name, part, p, vectors in products(student, batch):
+        passes["student backward"][part] += 2 * p.numel() * vectors * (upstream + p.requires_grad)
+        upstream = upstream or p.requires_grad
+        ends_block = name.endswith(".ffn.down_proj.weight")          # nothing after it was kept: it is not run again
+        if config.checkpointing and ".blocks." in name and part == "matrices" and not ends_block:
+            passes["student's blocks again"]["matrices"] += 2 * p.numel() * vectors
+    forward = passes["student forward"]["attention"]
+    passes["student backward"]["attention"] = 2.5 * forward          # scores again; gradients of v, weights, q, k
+    passes["student's blocks again"]["attention"] = forward * config.checkpointing
+    return passes
+
+
+def products(llava: Llava, batch: Batch) -> Iterator[tuple[str, str, torch.Tensor, float]]:
+    """(name, part, matrix, how many vectors of the batch it multiplies), in the order of the forward."""
+    vision, text, tokens = llava.config.vision, llava.config.text, batch.rows * batch.tokens
+    for name, p in llava.named_parameters():
+        if p is llava.decoder.head_weight:
+            yield name, "head", p, batch.learned
+        elif p.ndim == 1 or name in ("vision.position_embedding.weight", "decoder.embedding.weight"):
+            continue                                                 # added, or looked up
+        elif name.startswith("vision.patch_embedding."):
+            yield name, "ViT", p, batch.images * vision.patches
+        elif name.startswith("vision."):
+            runs = int(name.split(".")[2]) < blocks_run(vision)
+            yield name, "ViT", p, batch.images * (vision.patches + 1) * runs
+        elif name.startswith("adaptor."):
+            yield name, "matrices", p, batch.rows * vision.patches
+        else:
+            yield name, "matrices", p, tokens * (text.top_k / text.num_experts if ".experts." in name else 1)
+
+
+def blocks_run(vision: VisionConfig) -> int:
+    return vision.n_layer + 1 + vision.feature_layer
+
+
+def quadratic(T: float, D: int) -> float:
+    """One row in one layer: each of T positions with each, q . k and weight x v, over all heads."""
+    return 2 * 2 * T * T * D
+
+
+# -----------------------------------------------------------------------------
+# What it comes to
+
+def longest_rows(config: Config, longest: int | None = None) -> Batch:
+    """A pass of the longest rows: batches are sorted by length, so there will be one."""
+    longest = longest or config.max_length
+    return Batch.of(config, config.micro_batch_size, longest, longest)
+
+
+def average_step(student: Llava, config: Config, mean: float | None = None) -> Batch:
+    stage = STAGES[config.stage]
+    learned = stage.text if config.kd_tokens == "all" and config.teacher and config.stage != "pd" else stage.response
+    return Batch.of(config, config.batch_size, mean or student.config.image_tokens + stage.text, learned)
+
+
+def paper_steps(config: Config) -> int:
+    return config.max_steps or config.epochs * STAGES[config.stage].rows // config.batch_size
+
+
+def gpu_hours(passes: dict[str, Counter], steps: int, config: Config) -> float:
+    return steps * sum(parts.total() for parts in passes.values()) / (UTILISATION * PEAK_FLOPS[config.dtype]) / 3600
+
+
+def verdict(student: Llava, teacher: Llava | None, config: Config, world_size: int, longest: int | None,
+            room: float) -> str:
+    """Does it fit into `room` bytes, and if not, what would?"""
+    share = max(1, config.batch_size // world_size)
+    changes = ({}, {"checkpointing": True}, {"parallel": "fsdp"}, {"checkpointing": True, "parallel": "fsdp"})
+    for change in changes:
+        for micro in (m for m in range(share, 0, -1) if share % m == 0):
+            tried = Config(config, micro_batch_size=micro, **change)
+            if sum(memory(student, teacher, tried, world_size, longest_rows(tried, longest)).values()) > room:
+                continue
+            if not change and micro >= config.micro_batch_size:
+                return f"fits, up to micro_batch_size={micro}"
+            flags = [f"--{key}={value}" for key, value in {**change, "micro_batch_size": micro}.items()]
+            return f"does not fit; {' '.join(flags)} does"
+    return "does not fit, not even with checkpointing, fsdp and micro_batch_size=1"
+
+
+def report(config: Config, world_size: int, lengths: list[int] | None = None, steps: int | None = None) -> str:
+    """What `train.py --dry_run` prints. `lengths` of the rows and `steps`: where the data are at hand."""
+    student, teacher = build(config)
+    text, stage = student.config.text, STAGES[config.stage]
+    longest, mean = (max(lengths), sum(lengths) / len(lengths)) if lengths is not None else (None, None)
+    sparse = f", {text.num_experts} experts, {text.top_k} active, in {len(text.sparse_layers)} of {text.n_layer} layers"
+    lines = [f"stage {config.stage} on {world_size} GPU{'s' * (world_size > 1)}, {config.batch_size} "
+             f"{'pairs' if config.stage == 'pd' else 'rows'} a step, {config.micro_batch_size} a GPU and pass",
+             f"student {config.student or config.llm}{sparse * bool(text.num_experts)}"
+             + f"; teacher {config.teacher}" * bool(config.teacher), ""]
+    lines += columns(["parameters", "all", "active per token", "learn"], parameter_rows(student, teacher))
+
+    step = average_step(student, config, mean)
+    longest_pass, average_pass = longest_rows(config, longest), longest_rows(config, round(step.tokens))
+    items, average = (memory(student, teacher, config, world_size, batch) for batch in (longest_pass, average_pass))
+    sizes = [[item, size / 1e9, other / 1e9] for (item, size), other in zip(items.items(), average.values())]
+    heads = ["GB per GPU", *(f"{batch.rows} x {batch.tokens:.0f} positions" for batch in (longest_pass, average_pass))]
+    lines += ["", *columns(heads, sizes, sum_up=True)]
+    lines += [f"{card}: {verdict(student, teacher, config, world_size, longest, room)}" for card, room in CARDS.items()]
+
+    passes = flops(student, teacher, config, step)
+    figures = [[what, *(parts[part] / 1e12 for part in ("matrices", "attention", "head")), parts.total() / 1e12]
+               for what, parts in passes.items() if parts.total()]
+    lines += ["", *columns(["TFLOPs per step", "matrices", "attention", "head", "all"], figures, sum_up=True)]
+    told = steps or config.max_steps
+    steps = told or paper_steps(config)
+    hours = gpu_hours(passes, steps, config)
+    lines += [f"{steps:,} steps of {step.rows * step.tokens:,.0f} positions, {3600 * hours / world_size / steps:.2f} s "
+              f"each: {hours / world_size:,.1f} hours, {hours:,.1f} GPU-hours", "", "This assumes"]
+    if not told:
+        lines += [f"- the {stage.rows:,} rows that the paper has in this stage, for {config.epochs} epoch(s)"]
+    if lengths is None:
+        lines += [f"- rows of {step.tokens:.0f} positions on average ({student.config.image_tokens} of an image, "
+                  f"{stage.text} of text), of max_length at most"]
+    lines += [f"- {step.learned / step.rows:.0f} tokens of a row to learn from",
+              f"- A100s at {UTILISATION:.0%} of {PEAK_FLOPS[config.dtype] / 1e12:.0f} TFLOP/s, not waiting for data",
+              f"- {OVERHEAD / 1e9} GB for CUDA, NCCL and cuBLAS; GB are 10^9 bytes"]
+    if config.teacher_cache:
+        lines += ["- a teacher_cache still to be filled; once it is, the teacher's forward is saved"]
+    if config.compile:
+        lines += ["- no more from compile than the time: it also keeps less, which is not counted"]
+    return "\n".join(lines)
+
+
+def parameter_rows(student: Llava, teacher: Llava | None) -> list[list]:
+    counts, rows = student.count_parameters(), []
+    idle = counts["decoder"] - counts["decoder_active"]
+    experts = [p for name, p in student.named_parameters() if ".experts." in name]
+    for part in ("vision", "adaptor", "decoder"):
+        learn = count(p for p in getattr(student, part).parameters() if p.requires_grad)
+        rows.append([part, counts[part], counts[part] - idle * (part == "decoder"), learn])
+    if experts:
+        rows.append(["  of it, experts", count(experts), count(experts) - idle, count(experts)])
+    if teacher is not None:
+        theirs = count(teacher.adaptor.parameters()) + count(teacher.decoder.parameters())
+        rows.append(["teacher but for its ViT", theirs, theirs, 0])
+    return rows
+
+
+def columns(heads: list[str], rows: list[list], sum_up: bool = False) -> list[str]:
+    """A table, names flush left, numbers flush right."""
+    if sum_up:
+        rows = rows + [["sum", *(sum(column) for column in list(zip(*rows))[1:])]]
+    text = lambda number: f"{number:,}" if isinstance(number, int) else f"{number:,.2f}"
+    cells = [heads] + [[name, *map(text, numbers)] for name, *numbers in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+
+
+def table(world_size: int = 16) -> str:
+    """The recipe's configs, for the paper's four students and their teachers, in Markdown."""
+    lines = ["| model | stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | steps | A100-hours |",
+             "|---|---|--:|---|--:|--:|--:|"]
+    families = {"Qwen/Qwen1.5-7B": ["Qwen/Qwen1.5-0.5B", "Qwen/Qwen1.5-1.8B"],
+                "Qwen/Qwen2-7B": ["Qwen/Qwen2-0.5B", "Qwen/Qwen2-1.5B"]}
+    for teacher, students in families.items():
+        for model in [teacher, *students]:
+            new, pair = [f"--vision={TOWER}", f"--llm={model}"], [f"--student={model}", f"--teacher={teacher}"]
+            runs = [["align", *new], *([stage, *pair] for stage in ("d2d", "d2s", "pd"))]
+            if model == teacher:
+                runs = [["teacher_align", *new], ["teacher_sft", f"--student={model}", "--parallel=fsdp"]]
+            all_hours = 0
+            for name, *flags in runs:
+                config = load_config(DEFAULTS, [str(Path(__file__).parent / "config" / f"{name}.py"), *flags])
+                learner, frozen = build(config)
+                step, steps = average_step(learner, config), paper_steps(config)
+                most, usual = (sum(memory(learner, frozen, config, world_size, longest_rows(config, longest)).values())
+                               for longest in (None, round(step.tokens)))
+                fits = " and ".join(card for card, room in CARDS.items() if most <= room) or "neither"
+                passes = flops(learner, frozen, config, step)
+                total, hours = sum(parts.total() for parts in passes.values()), gpu_hours(passes, steps, config)
+                all_hours += hours
+                lines.append(f"| {model} | {name} | {most / 1e9:.0f} ({usual / 1e9:.0f}) | {fits} | "
+                             f"{total / 1e15:.1f} | {steps:,} | {hours:.0f} |")
+            lines.append(f"| {model} | all | | | | | {all_hours:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

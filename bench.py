@@ -222,8 +222,23 @@ def bare_products(layers: list[tuple], dtype: torch.dtype, device: str) -> tuple
 # loss: from the last hidden states to the gradient of the hidden states, through heads of 151,936 rows
 
 def our_loss(what: str, hidden, weight, teacher_hidden, teacher_weight, targets) -> torch.Tensor:
-    """What train.py does between hidden states and loss. The one place to change when that changes."""
-    return plain_loss(what, hidden, weight, teacher_hidden, teacher_weight, targets)
+    """The same values from losses.by_chunks, used as train.py uses it."""
+    def of_some_tokens(logits: torch.Tensor, part: slice) -> tuple:
+        each = torch.zeros(len(logits), device=logits.device)
+        if "kl" in what:
+            with torch.no_grad():
+                teacher_logits = F.linear(teacher_hidden[part], teacher_weight)
+            each = losses.forward_kl(logits, teacher_logits)
+        if what != "kl":
+            each = each + losses.cross_entropy(logits, targets[part])
+        return each, [each]
+
+    each, _ = losses.by_chunks(hidden, weight, of_some_tokens)
+    if what == "logp":
+        with torch.no_grad():
+            reference, _ = losses.by_chunks(teacher_hidden, teacher_weight, of_some_tokens)
+        each = each - reference                                      # the log-ratio, negated
+    return each
 
 
 def plain_loss(what: str, hidden, weight, teacher_hidden, teacher_weight, targets) -> torch.Tensor:
@@ -417,6 +432,15 @@ def make_batch(size: dict, device: str) -> dict:
     return {"input_ids": ids.to(device), "mask": (ids != IMAGE_ID).to(device), "pixel_values": pixels.to(device)}
 
 
+def save_pair(size: dict, args: argparse.Namespace) -> None:
+    """A dense teacher and a sparse student with the same ViT."""
+    teacher = make_llava(size["teacher"], size["vision"], 0, args.device)
+    teacher.save_pretrained(Path(args.folder) / "teacher", dtype=torch.bfloat16)
+    student = make_llava(size["student"], size["vision"], 1, args.device, teacher.vision.state_dict())
+    make_sparse(student)
+    student.save_pretrained(Path(args.folder) / "student", dtype=torch.bfloat16)
+
+
 def step_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Callable:
     return (our_step if side == "ours" else their_step)(case, side, size, args)
 
@@ -424,7 +448,7 @@ def step_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Cal
 def our_step(stage: str, side: str, size: dict, args: argparse.Namespace) -> Callable:
     """The body of train.py's loop, from its own parts."""
     dtype, folder = getattr(torch, size["dtype"]), Path(args.folder)
-    # The balance loss is computed and then weighs nothing: transformers' is another one (method: DIFFERENCES in moe.py).
+    # The balance loss is computed and then weighs nothing: transformers' is another one (not per sequence).
     config = Config(train.DEFAULTS | dict(stage=stage, teacher="teacher", balance_coef=0.0))
     student = Llava.from_pretrained(folder / "student", device=args.device)
     learns = train.choose_trainable(student, config, dtype)
@@ -504,7 +528,7 @@ def step_products(size: dict, images: int) -> list[tuple]:
     for text, learns in [(student, True), (teacher, False)]:
         D, kv, n = text.n_embd, text.n_embd // text.n_head * text.n_kv_head, text.n_layer
         through = "fx" if learns else "f"                            # frozen, but the adaptor's gradient passes through
-        layers += [(1, images * P, Dv, D, "fw" if learns else "f"), (1, images * P, D, D, "fxw" if learns else "f"),
+        layers += [(1, rows * P, Dv, D, "fw" if learns else "f"), (1, rows * P, D, D, "fxw" if learns else "f"),
                    (2 * n, tokens, D, D, through), (2 * n, tokens, D, kv, through),
                    (1, answers, D, text.vocab_size, through)]
         sparse = (n + 1) // 2 if learns else 0                       # every other layer, from the first: 4 experts, 2 a token
@@ -517,13 +541,7 @@ def step_products(size: dict, images: int) -> list[tuple]:
 def bench_step(size: dict, args: argparse.Namespace) -> list[dict]:
     dtype, rows = getattr(torch, size["dtype"]), []
     with tempfile.TemporaryDirectory() as args.folder:
-        teacher = make_llava(size["teacher"], size["vision"], 0, args.device)
-        teacher.save_pretrained(Path(args.folder) / "teacher", dtype=torch.bfloat16)
-        student = make_llava(size["student"], size["vision"], 1, args.device, teacher.vision.state_dict())
-        make_sparse(student)
-        student.save_pretrained(Path(args.folder) / "student", dtype=torch.bfloat16)
-        del student, teacher
-
+        save_pair(size, args)
         for stage, images, faster, smaller in [("d2s", size["rows"], ">= 2.2", "<= 0.5"), ("pd", size["rows"] // 2, "", "")]:
             sides = ["ours"] + EXPERTS * HAS_TRANSFORMERS
             runs = {side: step_case(stage, side, size, args) for side in sides}
@@ -624,11 +642,9 @@ def compare_pixels(size: dict, args: argparse.Namespace) -> list[dict]:
                 "ours jpeg": lambda: torch.stack([data.transform_image(data.load_image(path), side) for path in paths])}
         name = "not installed"
         if HAS_TRANSFORMERS:
-            from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
-            if importlib.util.find_spec("torchvision"):              # the fast path
-                Processor = transformers.LlavaImageProcessor
-            name = Processor.__name__
-            process = Processor(do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+            # The fast path needs torchvision, and transformers falls back to Pillow without it.
+            name = "LlavaImageProcessor" + ("" if importlib.util.find_spec("torchvision") else "Pil")
+            process = getattr(transformers, name)(do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side})
             theirs = lambda images: process(images=images, return_tensors="pt").pixel_values
             runs |= {"theirs pil": lambda: theirs(images),
                      "theirs jpeg": lambda: theirs([Image.open(path) for path in paths])}

@@ -99,7 +99,7 @@ def build(config: Config) -> tuple[Llava, Llava | None]:
 
 def describe(name: str) -> LlavaConfig:
     """A LLaVA folder, of which config.json is enough, or a published decoder's name, with CLIP-L/14-336 before it."""
-    if name in DECODERS:
+    if published(name) in DECODERS:
         return describe_parts(TOWER, name)
     path = Path(name) / "config.json"
     if not path.is_file():
@@ -115,16 +115,21 @@ def describe(name: str) -> LlavaConfig:
 def describe_parts(vision: str, llm: str) -> LlavaConfig:
     """The same of a new model: a CLIP folder or TOWER, and a Qwen folder or a published name."""
     for name, known in ((vision, [TOWER]), (llm, DECODERS)):
-        if name not in known and not (Path(name) / "config.json").is_file():
+        if published(name) not in known and not (Path(name) / "config.json").is_file():
             raise unknown(name, known)
-    tower, text = VisionConfig(), DECODERS.get(llm)
-    if vision != TOWER:
+    tower, text = VisionConfig(), DECODERS.get(published(llm))
+    if published(vision) != TOWER:
         path = Path(vision) / "config.json"
         config = read_json(path)
         tower = read_vision_config(path, config.get("vision_config", config))
     path = Path(llm) / "config.json"
     text = replace(text) if text else read_decoder_config(path, read_json(path))
     return LlavaConfig(tower, text, 0, 0, None, None)
+
+
+def published(path: str) -> str:
+    """weights/Qwen/Qwen1.5-1.8B -> Qwen/Qwen1.5-1.8B: folders are named as the Hub names what they hold."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def unknown(name: str, known: Iterable[str]) -> CheckpointError:

@@ -22,6 +22,7 @@ and state/ (what resuming needs). The same command continues an interrupted run 
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ import resume
 from configurator import Config, ConfigError, load_config
 from data import DataError
 from losses import PREFERENCES, by_chunks, cross_entropy, forward_kl, forward_kl_top_k
-from model import CheckpointError, Llava, read_json
+from model import CheckpointError, Llava, describe_llava, describe_parts, read_json
 from moe import balance_loss, expert_counts, upcycle
 from resume import NotFinite, SaveError, Stop, Stopped
 from teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
@@ -94,7 +95,7 @@ DEFAULTS = dict(
     checkpointing=False,        # compute each decoder layer twice instead of keeping its insides for the backward pass
     save_every=1000,            # steps between saves, of which the last two are kept
     log_every=10,               # steps between printed lines; log.jsonl has every step
-    dry_run=False,              # set everything up, say what would happen, stop
+    dry_run=False,              # only say what the run would take (plan.py), and what of it is on this disk
 )
 
 # What learns in each stage: parameters whose name holds one of these.
@@ -324,6 +325,12 @@ def open_student(config: Config) -> Llava:
     return student
 
 
+def open_rows(config: Config, student: Llava) -> data.RowData:
+    Rows = data.PreferenceData if config.stage == "pd" else data.InstructionData
+    return Rows(data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
+                student.config.image_tokens, student.config.vision.image_size, config.max_length)
+
+
 def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: torch.device) -> Llava:
     """Frozen, in eval mode, without gradients or optimizer, in the dtype of the matrix products."""
     teacher = Llava.from_pretrained(config.teacher, dtype=dtype, device=device).requires_grad_(False).eval()
@@ -406,9 +413,34 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 # -----------------------------------------------------------------------------
 # The run
 
+def dry_run(config: Config) -> None:
+    """What the run would take on WORLD_SIZE GPUs, and what of its data is here. No weights, no GPU, no other ranks."""
+    import download
+    import plan                                                      # which builds on this file
+    if os.environ.get("RANK", "0") != "0":
+        return
+    lengths = steps = None
+    folder = Path(config.student or config.llm)
+    if (folder / "tokenizer.json").is_file() and all(Path(path).is_file() for path, _ in data.parse_sources(config.data)):
+        if config.student:
+            student = describe_llava(folder)
+        else:
+            student = describe_parts(Path(config.vision), folder, config.template or "vicuna")
+        dataset = open_rows(config, student)
+        for note in dataset.notes:
+            print(note)
+        lengths = dataset.lengths
+        steps = config.max_steps or config.epochs * data.Sampler(lengths, config.batch_size, 0, dataset.sources).steps_per_epoch
+    print(plan.report(config, int(os.environ.get("WORLD_SIZE", 1)), lengths, steps), end="\n\n")
+    for line in download.check_manifest(config.stage, config.data):
+        print(line)
+
+
 def main(argv: list[str], stop: Stop | None = None) -> None:
     config = load_config(DEFAULTS, argv)
     check_settings(config)
+    if config.dry_run:
+        return dry_run(config)
     stop = stop or Stop()                                            # without a listener: nobody stops us
     ranks = parallel.join(config.device)
     say = print if ranks.rank == 0 else lambda *_, **__: None
@@ -427,13 +459,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         choose_trainable(student, config, dtype)
         student.to(ranks.device)
         student.decoder.checkpointing = config.checkpointing
-    Rows, collate = data.InstructionData, data.collate
-    if config.stage == "pd":
-        Rows, collate = data.PreferenceData, data.collate_pairs
-    collate = partial(collate, pad_token_id=student.config.pad_token_id)
-    dataset = ranks.one_per_machine_first(lambda: Rows(
-        data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
-        student.config.image_tokens, student.config.vision.image_size, config.max_length))
+    dataset = ranks.one_per_machine_first(lambda: open_rows(config, student))
+    collate = partial(data.collate_pairs if config.stage == "pd" else data.collate, pad_token_id=student.config.pad_token_id)
     ranks.agree(fingerprints(config, dataset))
     autocast = partial(torch.autocast, ranks.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     rows, teacher, cache = dataset, None, None
@@ -470,10 +497,6 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
             f"{'sharing the ViT with the student' if teacher.vision is student.vision else 'with a ViT of its own'}")
     if cache is not None:
         say(f"teacher: its answers are read from {config.teacher_cache}")
-    if config.dry_run:
-        say("dry run: nothing was trained or written")
-        return
-
     # Spread over the ranks, and back to where the saved state stands
     objective, optimizer = parallel.spread(Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), eps=config.eps,

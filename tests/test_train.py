@@ -287,6 +287,17 @@ def test_teacher_of_another_tokenizer_or_template_is_refused(world, tmp_path):
         train.main(flags(world, "d2d", tmp_path / "out", teacher=tmp_path / "chatml"))
 
 
+def test_dry_run_reads_the_data_and_no_weights(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.main(flags(world, "d2s", tmp_path / "out", student=tmp_path / "dense", max_steps=0, epochs=3, dry_run=True))
+    said = capsys.readouterr().out
+    assert "stage d2s on 2 GPUs, 8 rows a step" in said and "12 steps of" in said            # 3 x 32 rows / 8
+    assert "rows.json" in said and "32 rows" in said and not (tmp_path / "out").exists()
+    with pytest.raises(train.CheckpointError, match="nor, for a dry run, one of Qwen/Qwen1.5-0.5B"):
+        train.main(flags(world, "d2s", tmp_path / "out", teacher=tmp_path / "nowhere", dry_run=True))
+
+
 def test_bfloat16_runs_every_stage(world, tmp_path):
     """The real recipe's dtype: frozen weights and products in bf16, what learns in fp32; the loss stays near fp32's."""
     for stage in STAGES:

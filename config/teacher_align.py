@@ -14,8 +14,8 @@ data = "data/align/blip_laion_cc_sbu_558k.json"
 image_dir = "data/align/images"
 out_dir = "out/teacher/align"
 
-batch_size = 256                # 16 GPUs x 8 rows x 2 micro-batches; 558,128 rows / 256 = 2,180 steps
-micro_batch_size = 8
+batch_size = 256                # 16 GPUs x 4 rows x 4 micro-batches; 558,128 rows / 256 = 2,180 steps
+micro_batch_size = 4
 learning_rate = 1e-3
 beta2 = 0.999                   # LLaVA-1.5's AdamW, not the paper's Table 11
 eps = 1e-8

@@ -36,8 +36,8 @@ from typing import NamedTuple
 import torch
 
 from configurator import Config, load_config
-from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, read_decoder_config,
-                   read_json, read_vision_config)
+from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, describe_llava,
+                   describe_parts, grow_vocabulary)
 from moe import SparseFFN, upcycle
 from train import DEFAULTS, choose_trainable
 
@@ -86,55 +86,51 @@ class Batch(NamedTuple):
 def build(config: Config) -> tuple[Llava, Llava | None]:
     """Student and teacher of a run on the meta device: in their dtypes, and what learns marked."""
     dtype = getattr(torch, config.dtype)
-    with torch.device("meta"):
-        student = Llava(describe(config.student) if config.student else describe_parts(config.vision, config.llm))
-        teacher = Llava(describe(config.teacher)).to(dtype).requires_grad_(False) if config.teacher else None
-        if config.stage in ("d2s", "pd") and not student.config.text.num_experts:
-            upcycle(student, config.num_experts, config.top_k, config.moe_layers, config.norm_topk)
+    student = describe(config.student) if config.student else describe_new(config)
+    if config.stage in ("d2s", "pd") and not student.config.text.num_experts:
+        if config.stage == "pd" and is_folder(config.student):
+            raise CheckpointError(f"{config.student}: is dense, and stage pd trains experts; run stage d2s first")
+        upcycle(student, config.num_experts, config.top_k, config.moe_layers, config.norm_topk)
     choose_trainable(student, config, dtype)
-    if teacher is not None and teacher.config.vision == student.config.vision:
+    if not config.teacher:
+        return student, None
+    teacher = describe(config.teacher).to(dtype).requires_grad_(False)
+    if teacher.config.vision == student.config.vision:
         teacher.vision = student.vision                              # as in train.py, where the weights must agree too
     return student, teacher
 
 
-def describe(name: str) -> LlavaConfig:
-    """A LLaVA folder, of which config.json is enough, or a published decoder's name, with CLIP-L/14-336 before it."""
-    if published(name) in DECODERS:
-        return describe_parts(TOWER, name)
-    path = Path(name) / "config.json"
-    if not path.is_file():
-        raise unknown(name, DECODERS)
-    config = read_json(path)
-    if config.get("model_type") != "llava":
-        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llava'")
-    vision = read_vision_config(path, config["vision_config"])
-    vision.feature_layer = config.get("vision_feature_layer", -2)
-    return LlavaConfig(vision, read_decoder_config(path, config["text_config"]), 0, 0, None, None)
+def describe(name: str) -> Llava:
+    """A LLaVA folder, its weights not read; else a published decoder, with CLIP-L/14-336 before it."""
+    if is_folder(name):
+        return describe_llava(Path(name))
+    if published(name) not in DECODERS:
+        raise CheckpointError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one "
+                              f"of {', '.join(DECODERS)}")
+    text = replace(DECODERS[published(name)])
+    with torch.device("meta"):
+        return Llava(LlavaConfig(VisionConfig(), text, image_token_id=151646, pad_token_id=151647, eos_token_id=None,
+                                 template=None))
 
 
-def describe_parts(vision: str, llm: str) -> LlavaConfig:
-    """The same of a new model: a CLIP folder or TOWER, and a Qwen folder or a published name."""
-    for name, known in ((vision, [TOWER]), (llm, DECODERS)):
-        if published(name) not in known and not (Path(name) / "config.json").is_file():
-            raise unknown(name, known)
-    tower, text = VisionConfig(), DECODERS.get(published(llm))
-    if published(vision) != TOWER:
-        path = Path(vision) / "config.json"
-        config = read_json(path)
-        tower = read_vision_config(path, config.get("vision_config", config))
-    path = Path(llm) / "config.json"
-    text = replace(text) if text else read_decoder_config(path, read_json(path))
-    return LlavaConfig(tower, text, 0, 0, None, None)
+def describe_new(config: Config) -> Llava:
+    """The same of a new model: a CLIP folder and a Qwen folder, else their published names."""
+    if is_folder(config.vision) and is_folder(config.llm):
+        llava = describe_parts(Path(config.vision), Path(config.llm), config.template or "vicuna")
+        grow_vocabulary(llava, max(llava.config.image_token_id, llava.config.pad_token_id) + 1)
+        return llava
+    if published(config.vision) != TOWER:
+        raise CheckpointError(f"{config.vision}: is not {TOWER}, the one tower that a dry run knows without its folder")
+    return describe(published(config.llm))
+
+
+def is_folder(name: str) -> bool:
+    return (Path(name) / "config.json").is_file()
 
 
 def published(path: str) -> str:
     """weights/Qwen/Qwen1.5-1.8B -> Qwen/Qwen1.5-1.8B: folders are named as the Hub names what they hold."""
     return "/".join(Path(path).parts[-2:])
-
-
-def unknown(name: str, known: Iterable[str]) -> CheckpointError:
-    return CheckpointError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one of "
-                           f"{', '.join(known)}")
 
 
 # -----------------------------------------------------------------------------
@@ -467,7 +463,7 @@ def table(world_size: int = 16) -> str:
             new, pair = [f"--vision={TOWER}", f"--llm={model}"], [f"--student={model}", f"--teacher={teacher}"]
             runs = [["align", *new], *([stage, *pair] for stage in ("d2d", "d2s", "pd"))]
             if model == teacher:
-                runs = [["teacher_align", *new], ["teacher_sft", f"--student={model}", "--parallel=fsdp"]]
+                runs = [["teacher_align", *new], ["teacher_sft", f"--student={model}"]]
             all_hours = 0
             for name, *flags in runs:
                 config = load_config(DEFAULTS, [str(Path(__file__).parent / "config" / f"{name}.py"), *flags])

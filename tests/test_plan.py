@@ -109,10 +109,22 @@ def test_parts_of_a_new_model(clip_folder, qwen_folder):
     assert names.config.vision == VisionConfig() and names.config.text == DECODERS["Qwen/Qwen2-0.5B"]
 
 
-@pytest.mark.parametrize("keys", [dict(student="Qwen/Qwen3"), dict(vision="clip", llm="Qwen/Qwen2-0.5B")])
+def test_folders_that_are_not_there_yet_may_bear_a_published_name(tmp_path):
+    new = Config(train.DEFAULTS, stage="align", vision=f"weights/{plan.TOWER}", llm=f"{tmp_path}/Qwen/Qwen1.5-0.5B")
+    assert plan.build(new)[0].config.text == DECODERS["Qwen/Qwen1.5-0.5B"]
+
+
+@pytest.mark.parametrize("keys", [dict(student="Qwen/Qwen3"), dict(vision=plan.TOWER, llm="Qwen/Qwen3"),
+                                  dict(vision="clip", llm="Qwen/Qwen2-0.5B")])
 def test_a_name_that_is_neither_folder_nor_published(keys):
-    with pytest.raises(CheckpointError, match=r"(Qwen3|clip): is neither a checkpoint folder .* one of (Qwen|openai)/"):
+    with pytest.raises(CheckpointError, match="Qwen3: is neither a .* folder .* nor, for a dry run, one of Qwen/"
+                                              "|clip: is not openai/clip"):
         plan.report(Config(train.DEFAULTS, stage="align", **keys), 1)
+
+
+def test_a_dense_folder_has_no_experts_to_train(world):
+    with pytest.raises(CheckpointError, match="dense: is dense, and stage pd trains experts"):
+        plan.build(Config(train.DEFAULTS, stage="pd", student=str(world / "dense"), teacher=str(world / "teacher")))
 
 
 # -----------------------------------------------------------------------------

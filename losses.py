@@ -70,6 +70,10 @@ def forward_kl_top_k(student_logits: torch.Tensor, top_ids: torch.Tensor, top_lo
 # Per token, but never all tokens at once. V is 151,936: the logits of a batch, and the softmax, the gradient and the
 # teacher's copies of each of them, are by far the largest tensors of a step. They need not exist.
 
+# How many tokens at a time: few enough that their softmax stays small, enough that the matrix product is not starved.
+CHUNK = {"cpu": 32, "cuda": 256}
+
+
 def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.Tensor, slice], tuple],
               chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """A per-token loss of logits = hidden @ weight.T, computed a few tokens at a time: (N, D), (V, D) -> (N,), (K, N).
@@ -81,9 +85,7 @@ def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.
     If `weight` learns, every token must weigh the same in what follows (a plain sum), or the backward raises ValueError:
     the head's gradient is summed over the tokens before it is known how much each will count.
     """
-    if chunk is None:       # few enough that a chunk's softmax stays small, enough that the matrix product is not starved
-        chunk = 32 if hidden.device.type == "cpu" else 256
-    return ChunkedLoss.apply(hidden, weight, loss, chunk)
+    return ChunkedLoss.apply(hidden, weight, loss, chunk or CHUNK[hidden.device.type])
 
 
 class ChunkedLoss(torch.autograd.Function):

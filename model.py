@@ -195,7 +195,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        # Under autocast in what the matrix products want: one cast here instead of one, and one copy, for each of them.
+        device = x.device.type
+        return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
 def rotary(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

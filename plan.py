@@ -36,17 +36,17 @@ from typing import NamedTuple
 import torch
 
 from configurator import Config, load_config
+from losses import CHUNK
 from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, describe_llava,
                    describe_parts, grow_vocabulary)
-from moe import SparseFFN, upcycle
-from train import DEFAULTS, choose_trainable
+from moe import SparseFFN
+from train import DEFAULTS, choose_trainable, make_sparse
 
 # Assumptions. A report prints them.
 PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, a second; fp32 by way of tf32
 UTILISATION = 0.4              # the share of it that a training step reaches
 OVERHEAD = 1.5e9               # bytes: CUDA context, buffers of NCCL and cuBLAS
 CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to the gaps between tensors
-CHUNK = 256                    # tokens whose logits exist at one time: losses.by_chunks on a GPU
 TOWER = "openai/clip-vit-large-patch14-336"
 
 
@@ -90,7 +90,7 @@ def build(config: Config) -> tuple[Llava, Llava | None]:
     if config.stage in ("d2s", "pd") and not student.config.text.num_experts:
         if config.stage == "pd" and is_folder(config.student):
             raise CheckpointError(f"{config.student}: is dense, and stage pd trains experts; run stage d2s first")
-        upcycle(student, config.num_experts, config.top_k, config.moe_layers, config.norm_topk)
+        make_sparse(student, config)
     choose_trainable(student, config, dtype)
     if not config.teacher:
         return student, None
@@ -218,9 +218,8 @@ def kept_by_block(block: Block, half: int, stream: int) -> float:
     D, q, kv = attn.q_proj.in_features, attn.q_proj.out_features, attn.k_proj.out_features
 
     def input_of(*linears) -> int:
-        """Kept if the matrix learns. Several share their input, unless it has another dtype and each casts it."""
-        learn = sum(linear.weight.requires_grad for linear in linears)
-        return half * D * (learn if stream != half else min(learn, 1))
+        """Kept once if any of the matrices that share it learns."""
+        return half * D * any(linear.weight.requires_grad for linear in linears)
 
     kept = 4 * D + input_of(attn.q_proj, attn.k_proj, attn.v_proj)   # the first norm's input, and its output
     kept += half * (q + kv + kv + q) + 4 * attn.n_head               # q, k, v, o_proj's input; log-sum-exp of each row
@@ -238,7 +237,7 @@ def ffn_wide(ffn: FFN, half: int) -> int:
 
 
 def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batch, half: int) -> float:
-    """Both models' logits and what is made of them, CHUNK tokens at a time."""
+    """Both models' logits and what is made of them, CHUNK["cuda"] tokens at a time."""
     head = student.decoder.head_weight
     V, D = head.shape
     work = half * batch.learned * 2 * D                              # what the head reads, and its gradient
@@ -248,7 +247,7 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     if teacher is not None and config.stage != "pd":
         work += half * batch.learned * teacher.config.text.n_embd
         per_logit = 32                                               # again for the KL; the teacher's; their product
-    return work + min(CHUNK, batch.learned) * V * per_logit
+    return work + min(CHUNK["cuda"], batch.learned) * V * per_logit
 
 
 def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:

@@ -39,7 +39,7 @@ import parallel
 import resume
 from configurator import Config, ConfigError, load_config
 from data import DataError
-from losses import PREFERENCES, by_chunks, cross_entropy, forward_kl, forward_kl_top_k
+from losses import CHUNK, PREFERENCES, by_chunks, cross_entropy, forward_kl, forward_kl_top_k
 from model import CheckpointError, Llava, describe_llava, describe_parts, read_json
 from moe import balance_loss, expert_counts, upcycle
 from resume import NotFinite, SaveError, Stop, Stopped
@@ -182,7 +182,7 @@ def dictate(teacher: Llava, batch: dict, config: Config, vocabulary: int) -> tup
         return {"teacher_logprobs": chosen_and_rejected}, [1] * len(chosen_and_rejected)
     hidden, where, _ = states_to_learn(teacher, batch, features, config)
     k = min(config.teacher_top_k, vocabulary)
-    parts = [top_k(teacher.decoder.head(some)[:, :vocabulary], k) for some in hidden.split(256)]
+    parts = [top_k(teacher.decoder.head(some)[:, :vocabulary], k) for some in hidden.split(CHUNK[hidden.device.type])]
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
     return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, where.sum(1).tolist())
 
@@ -310,19 +310,23 @@ def open_student(config: Config) -> Llava:
         raise CheckpointError(f"{folder}: config.json names no pad_token_id, which batches of rows of unequal length need")
     sparse = bool(student.config.text.num_experts)
     if config.stage == "d2s" and not sparse:
-        layers = config.moe_layers
-        if layers[:1].isdigit() or layers[:1] == "-":
-            try:
-                layers = [int(number) for number in layers.split(",")]
-            except ValueError:
-                raise ConfigError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
-        try:
-            upcycle(student, config.num_experts, config.top_k, layers, config.norm_topk, config.seed)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        make_sparse(student, config)
     if config.stage == "pd" and not sparse:
         raise CheckpointError(f"{folder}: is dense, and stage pd trains experts; run stage d2s first")
     return student
+
+
+def make_sparse(student: Llava, config: Config) -> None:
+    layers = config.moe_layers
+    if layers[:1].isdigit() or layers[:1] == "-":
+        try:
+            layers = [int(number) for number in layers.split(",")]
+        except ValueError:
+            raise ConfigError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
+    try:
+        upcycle(student, config.num_experts, config.top_k, layers, config.norm_topk, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def open_rows(config: Config, student: Llava) -> data.RowData:

@@ -593,15 +593,18 @@ def expect(path: Path, config: dict, key: str, only: object, default: object = N
         raise CheckpointError(f"{path}: {key} is {shorten(found)}, but this code computes {only!r} only")
 
 
-def take(path: Path, config: dict, key: str, kind: type, default: object = None, most: int = 10**8) -> object:
+def take(path: Path, config: dict, key: str, kind: type, default: object = None, least: int = 1,
+         most: int = 10**8) -> object:
     """A number or a bool from a config, checked."""
     value = config.get(key)
     value = default if value is None else value
-    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not good or (kind is not bool and not 0 <= value <= most):
-        expected = "true or false" if kind is bool else "a whole number" if kind is int else "a number"
-        raise CheckpointError(f"{path}: {key} is {shorten(value)}, expected {expected}"
-                              + ("" if kind is bool else f" from 0 to {most:,}"))
+    if kind is bool:
+        good, expected = isinstance(value, bool), "true or false"
+    else:
+        good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        good, expected = good and least <= value <= most, f"a number from {least} to {most:,}"
+    if not good:
+        raise CheckpointError(f"{path}: {key} is {shorten(value)}, expected {expected}")
     return kind(value)
 
 
@@ -631,12 +634,12 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
         n_layer=take(path, config, "num_hidden_layers", int, 12, most=1000),
         n_head=take(path, config, "num_attention_heads", int, 12),
         ffn=take(path, config, "intermediate_size", int, 3072),
-        norm_eps=take(path, config, "layer_norm_eps", float, default.norm_eps),
+        norm_eps=take(path, config, "layer_norm_eps", float, default.norm_eps, least=0),
     )
-    if not vision.patch_size or vision.image_size % vision.patch_size:
+    if vision.image_size % vision.patch_size:
         raise CheckpointError(f"{path}: image_size {vision.image_size} is not a multiple of patch_size "
                               f"{vision.patch_size}")
-    if not vision.n_head or vision.n_embd % vision.n_head:
+    if vision.n_embd % vision.n_head:
         raise CheckpointError(f"{path}: hidden_size {vision.n_embd} is not a multiple of num_attention_heads "
                               f"{vision.n_head}")
     return vision
@@ -662,11 +665,11 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
         n_kv_head=take(path, config, "num_key_value_heads", int, n_head),
         ffn=take(path, config, "intermediate_size", int),
         rope_theta=take(path, {**config, **rope}, "rope_theta", float, 10000.0),
-        norm_eps=take(path, config, "rms_norm_eps", float, 1e-6),
+        norm_eps=take(path, config, "rms_norm_eps", float, 1e-6, least=0),
         tied=take(path, config, "tie_word_embeddings", bool, False),
         max_positions=take(path, config, "max_position_embeddings", int, 32768),
     )
-    if not text.n_head or text.n_embd % text.n_head or not text.n_kv_head or text.n_head % text.n_kv_head:
+    if text.n_embd % text.n_head or text.n_head % text.n_kv_head:
         raise CheckpointError(f"{path}: hidden_size {text.n_embd}, {text.n_head} heads and {text.n_kv_head} kv heads do not "
                               "divide one another")
     if kind == "qwen2_moe":
@@ -675,7 +678,7 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
         text.num_experts = take(path, config, "num_experts", int, 60, most=1000)
         text.top_k = take(path, config, "num_experts_per_tok", int, 4)
         text.norm_topk = take(path, config, "norm_topk_prob", bool, False)
-        step, dense = take(path, config, "decoder_sparse_step", int, 1), config.get("mlp_only_layers") or []
+        step, dense = take(path, config, "decoder_sparse_step", int, 1, least=0), config.get("mlp_only_layers") or []
         if not isinstance(dense, list):
             raise CheckpointError(f"{path}: mlp_only_layers is {shorten(dense)}, expected a list of layer numbers")
         text.sparse_layers = [i for i in range(text.n_layer) if step and (i + 1) % step == 0 and i not in dense]

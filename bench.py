@@ -397,7 +397,8 @@ def our_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
     config = Config(train.DEFAULTS | dict(stage=stage, teacher="teacher", balance_coef=0.0))
     dtype = getattr(torch, size["dtype"])
     student = Llava.from_pretrained(f"{args.folder}/student", device=args.device)
-    weights = [parameter for _, parameter in train.choose_trainable(student, config, dtype)]
+    train.choose_trainable(student, config, dtype)
+    weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
     teacher = Llava.from_pretrained(f"{args.folder}/teacher", dtype, args.device).requires_grad_(False).eval()
     assert train.same_vision(student, teacher)
     teacher.vision = student.vision

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 import data
@@ -55,7 +56,7 @@ if HAS_TRANSFORMERS:
     transformers.utils.logging.disable_progress_bar()
 
 MEMORY_ENV = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
-EXPERTS = ["eager", "grouped_mm"]     # transformers' ways to run experts; its fastest counts (batched_mm copies weights per token)
+EXPERTS = ["eager", "grouped_mm"]     # transformers' ways to run experts; the faster one counts
 IMAGE_ID = 151646
 
 qwen2, qwen15 = DECODERS["Qwen/Qwen2-0.5B"], DECODERS["Qwen/Qwen1.5-1.8B"]
@@ -65,14 +66,14 @@ REAL = {
     "step": dict(student=replace(qwen2, n_layer=8), teacher=replace(qwen15, n_layer=8), vision=VisionConfig(n_layer=4),
                  rows=2, text=128, dtype="bfloat16"),
     "generate": dict(student=replace(qwen2, n_layer=4), vision=VisionConfig(n_layer=2), rows=16, text=32, new=64),
-    "data": dict(images=64, side=336, rows=50_000),
+    "data": dict(images=64, side=336, rows=100_000),
 }
 small, small_vision = DecoderConfig(151_656, 32, 2, 4, 2, 48, tied=True), VisionConfig(28, 14, 32, 2, 4, 64)
 QUICK = {
     "loss": dict(tokens=24, vocab=515, student=16, teacher=32),
     "moe": dict(tokens=48, width=32, ffn=64),
-    "step": dict(student=small, teacher=replace(small, n_embd=48, ffn=64, tied=False), vision=small_vision, rows=2, text=6,
-                 dtype="float32"),
+    "step": dict(student=small, teacher=replace(small, n_embd=48, ffn=64, tied=False), vision=small_vision,
+                 rows=2, text=6, dtype="float32"),
     "generate": dict(student=small, vision=small_vision, rows=3, text=5, new=6),
     "data": dict(images=6, side=56, rows=2_000),
 }
@@ -127,7 +128,7 @@ def measure_memory(section: str, case: str, side: str, args: argparse.Namespace)
 
 
 def peak_memory(section: str, case: str, side: str, args: argparse.Namespace) -> dict[str, int]:
-    if args.quick:                                                   # toy sizes mean nothing: save the start of a process
+    if args.quick:                                                   # means nothing then: save the start of a process
         return measure_memory(section, case, side, args)
     command = [sys.executable, __file__, section, f"--memory={case},{side}", f"--device={args.device}",
                f"--folder={args.folder}"]
@@ -150,8 +151,8 @@ def row(case: str, measure: str, unit: str, ours: list[float] | float, peer: lis
     if target and each:
         relation, bound = target.split()
         met = value <= float(bound) if relation == "<=" else value >= float(bound)
-    return {"case": case, "measure": measure, "unit": unit, "ours": ours, "peer": peer, "against": against, "each": each,
-            "value": value, "target": target, "met": met}
+    return {"case": case, "measure": measure, "unit": unit, "ours": ours, "peer": peer, "against": against,
+            "each": each, "value": value, "target": target, "met": met}
 
 
 def show(row: dict) -> str:
@@ -215,7 +216,7 @@ def our_loss(what: str, hidden, weight, teacher_hidden, teacher_weight, targets)
 
 
 def plain_loss(what: str, hidden, weight, teacher_hidden, teacher_weight, targets) -> torch.Tensor:
-    """The formulas of losses.py on full logits -> one value per token (N,): kl, ce, kl+ce, or logp, the log-ratios of pd."""
+    """The formulas of losses.py on full logits -> one value per token (N,). logp: the log-ratios of pd."""
     student_logits = F.linear(hidden, weight)                        # (N, V)
     if what == "ce":
         return losses.cross_entropy(student_logits, targets)
@@ -252,11 +253,12 @@ def loss_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Cal
 def bench_loss(size: dict, args: argparse.Namespace) -> Iterator[dict]:
     for case in ["kl frozen", "kl trained", "kl+ce frozen", "ce frozen", "ce trained", "logp frozen", "logp trained"]:
         runs = {side: loss_case(case, side, size, args) for side in ("ours", "plain")}
-        yield row(case, "largest relative difference", "", largest_difference(runs["ours"](), runs["plain"]()), target="<= 0.02")
+        off = largest_difference(runs["ours"](), runs["plain"]())
+        yield row(case, "largest relative difference", "", off, target="<= 0.02")
         seconds = take_turns(runs, args)
         del runs
         yield row(case, "time", "s", seconds["ours"], seconds["plain"], "full logits", "<= 1.1")
-        head = 4 * size["vocab"] * size["student"] if "trained" in case else 0           # its gradient has to be somewhere
+        head = 4 * size["vocab"] * size["student"] if "trained" in case else 0       # its gradient has to be somewhere
         ours, plain = (peak_memory("loss", case, side, args)["above"] - head for side in ("ours", "plain"))
         yield row(case, "memory above inputs", "B", ours, plain, "full logits", "<= 0.1")
 
@@ -265,7 +267,7 @@ def bench_loss(size: dict, args: argparse.Namespace) -> Iterator[dict]:
 # moe: one sparse layer, forward and backward, beside the dense FFN and transformers' layer
 
 def routed_tokens(n: int, router: torch.Tensor) -> torch.Tensor:
-    """(2, n/2, D) tokens that prefer their experts clearly, and every expert equally often; `router` (E, D) is set for it.
+    """(2, n/2, D) tokens that prefer their experts clearly, every expert equally often; sets `router` (E, D) for it.
 
     transformers routes in bf16 under autocast, we in fp32. With close calls the two would compare different experts.
     """
@@ -319,8 +321,8 @@ def moe_runs(size: dict, dtype: torch.dtype, args: argparse.Namespace) -> dict[s
         # Top 1 is not renormalised here: with it our router has a gradient and transformers' has none.
         layer = SparseFFN([FFN(D, ffn) for _ in range(E)], D, A, norm_topk=A > 1)
         x = routed_tokens(n, layer.router.weight)
-        runs[f"E{E}T{A} ours"] = training(
-            layer, x, lambda layer: [layer.router.weight.grad, *(expert.down_proj.weight.grad for expert in layer.experts)])
+        runs[f"E{E}T{A} ours"] = training(layer, x, lambda layer: [
+            layer.router.weight.grad, *(expert.down_proj.weight.grad for expert in layer.experts)])
         if HAS_TRANSFORMERS:
             theirs = their_layer(layer, D, ffn)
             for implementation in EXPERTS:
@@ -351,7 +353,8 @@ def bench_moe(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             ours = seconds[f"{shape} ours"]
             yield row(f"{shape} {kind}", "time", "s", ours, seconds[peer], peer, target)
             theirs = {name: seconds[f"{shape} {name}"] for name in implementations}
-            yield row(f"{shape} {kind}", "time", "s", ours, theirs.get(fastest(theirs)), f"transformers, {fastest(theirs)}", "<= 1.0")
+            best = fastest(theirs)
+            yield row(f"{shape} {kind}", "time", "s", ours, theirs.get(best), f"transformers, {best}", "<= 1.0")
 
 
 # -----------------------------------------------------------------------------
@@ -366,7 +369,7 @@ def make_llava(text: DecoderConfig, vision: VisionConfig, seed: int, sparse: boo
         llava.decoder.embedding.weight.mul_(0.05)
         if sparse:
             upcycle(llava, num_experts=4, top_k=2)
-            for name, parameter in llava.named_parameters():         # of equal experts it would not matter which is chosen
+            for name, parameter in llava.named_parameters():         # equal experts would hide a wrong choice
                 if ".experts." in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.3 * parameter.std().item())
     return llava
@@ -397,11 +400,13 @@ def our_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
     config = Config(train.DEFAULTS | dict(stage=stage, teacher="teacher", balance_coef=0.0))
     dtype = getattr(torch, size["dtype"])
     student = Llava.from_pretrained(f"{args.folder}/student", device=args.device)
-    weights = [parameter for _, parameter in train.choose_trainable(student, config, dtype)]
+    train.choose_trainable(student, config, dtype)
+    weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
     teacher = Llava.from_pretrained(f"{args.folder}/teacher", dtype, args.device).requires_grad_(False).eval()
     assert train.same_vision(student, teacher)
     teacher.vision = student.vision
-    objective, optimizer, batch = train.Objective(student, config), make_optimizer(weights), make_batch(size, args.device)
+    objective, optimizer = train.Objective(student, config), make_optimizer(weights)
+    batch = make_batch(size, args.device)
     if stage == "pd":
         batch["pixel_values"] = batch["pixel_values"][::2]           # a pair shows the same image twice
 
@@ -416,7 +421,7 @@ def our_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
 
 
 def their_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
-    """The same step as textbooks and TRL have it: logits of every position, the mask at the end. -> run(implementation)"""
+    """The same step as textbooks and TRL have it, with logits of every position -> run(way to run the experts)."""
     dtype, load = getattr(torch, size["dtype"]), transformers.LlavaForConditionalGeneration.from_pretrained
     student = load(f"{args.folder}/student", dtype=torch.float32).to(args.device).train()
     for name, parameter in student.named_parameters():
@@ -440,7 +445,8 @@ def their_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
                 each = losses.forward_kl(logits, teacher_logits) + losses.cross_entropy(logits, targets)
                 loss = (each * mask.flatten()).sum() / mask.sum()
             else:
-                sums = [-(losses.cross_entropy(each, targets).view(mask.shape) * mask).sum(1) for each in (logits, teacher_logits)]
+                sums = [(-losses.cross_entropy(each, targets).view(mask.shape) * mask).sum(1)
+                        for each in (logits, teacher_logits)]                            # (B,) twice
                 loss = losses.preference(*sums[0].chunk(2), *sums[1].chunk(2)).mean()
             loss.backward()
         return finish_step(loss, weights, optimizer, student.model.multi_modal_projector.linear_2.weight)
@@ -452,7 +458,8 @@ def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
 
 
-def finish_step(loss: torch.Tensor, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, watched: nn.Parameter) -> list:
+def finish_step(loss: torch.Tensor, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer,
+                watched: nn.Parameter) -> list[torch.Tensor]:
     norm, grad = nn.utils.clip_grad_norm_(weights, float("inf")), watched.grad
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -464,9 +471,9 @@ def step_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Cal
 
 
 def step_products(size: dict, images: int) -> list[tuple]:
-    """Every product with a weight that a step of ours needs, but for the routers'. Those inside attention are left out."""
+    """Every product with a weight that a step of ours needs, but the routers'. Attention's own are left out, too."""
     vision, rows, P, Dv = size["vision"], size["rows"], size["vision"].patches, size["vision"].n_embd
-    seen, run = images * (P + 1), vision.n_layer + 1 + vision.feature_layer              # the ViT's positions and layers
+    seen, run = images * (P + 1), vision.n_layer + 1 + vision.feature_layer          # the ViT's positions and layers
     layers = [(1, images * P, 3 * vision.patch_size ** 2, Dv, "f"), (4 * run, seen, Dv, Dv, "f"),
               (run, seen, Dv, vision.ffn, "f"), (run, seen, vision.ffn, Dv, "f")]
     tokens, answers = rows * (P + size["text"]), rows * size["text"]
@@ -484,6 +491,7 @@ def step_products(size: dict, images: int) -> list[tuple]:
 
 
 def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
+    dtype = getattr(torch, size["dtype"])
     with tempfile.TemporaryDirectory() as args.folder:
         save_pair(size, args)
         for stage, images, faster, smaller, share in [("d2s", size["rows"], ">= 2.2", "<= 0.5", ">= 0.6"),
@@ -498,7 +506,7 @@ def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             for side in implementations:
                 yield row(stage, f"largest relative difference, {side}", "",
                           largest_difference(results["ours"], results[side]), target="<= 0.05")
-            runs["products"], flops = bare_products(step_products(size, images), getattr(torch, size["dtype"]), args.device)
+            runs["products"], flops = bare_products(step_products(size, images), dtype, args.device)
             runs["products"]()
             seconds = take_turns(runs, args)
             del runs, results
@@ -521,7 +529,9 @@ def bench_generate(size: dict, args: argparse.Namespace) -> Iterator[dict]:
     ids = batch["input_ids"]
     for sparse in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            make_llava(size["student"], size["vision"], 0, sparse, args.device).save_pretrained(folder, dtype=torch.bfloat16)
+            llava = make_llava(size["student"], size["vision"], 0, sparse, args.device)
+            llava.save_pretrained(folder, dtype=torch.bfloat16)
+            del llava
             for dtype, kind in [(torch.float32, "fp32"), (torch.bfloat16, "bf16")]:
                 case = f"{'E4T2' if sparse else 'dense'} {kind}, {ids.shape[0]} x ({ids.shape[1]} + {new})"
                 yield from compare_generation(case, folder, dtype, ids, batch["pixel_values"].to(dtype), new, args)
@@ -570,6 +580,7 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Te
 def bench_data(size: dict, args: argparse.Namespace) -> Iterator[dict]:
     yield from compare_pixels(size, args)
     yield from measure_padding(size)
+    yield from measure_index(size, args)
 
 
 def compare_pixels(size: dict, args: argparse.Namespace) -> Iterator[dict]:
@@ -583,20 +594,28 @@ def compare_pixels(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             noisy = (smooth + rng.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(path, quality=90)
         images = [data.load_image(path) for path in paths]
-        runs = {("ours", "PIL"): lambda: torch.stack([data.transform_image(image, side) for image in images]),
-                ("ours", "JPEG"): lambda: torch.stack([data.transform_image(data.load_image(path), side) for path in paths])}
+
+        def ours(images: Iterator[Image.Image]) -> torch.Tensor:
+            return torch.stack([data.transform_image(image, side) for image in images])
+
+        runs = {("ours", "PIL"): lambda: ours(images), ("ours", "JPEG"): lambda: ours(map(data.load_image, paths))}
         if HAS_TRANSFORMERS:                                         # its fast path needs torchvision
             name = "LlavaImageProcessor" + ("" if importlib.util.find_spec("torchvision") else "Pil")
-            process = partial(getattr(transformers, name)(
-                do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}), return_tensors="pt")
-            runs |= {("theirs", "PIL"): lambda: process(images=images).pixel_values,
-                     ("theirs", "JPEG"): lambda: process(images=[Image.open(path) for path in paths]).pixel_values}
-            std = 255 * torch.tensor(data.CLIP_STD)[:, None, None]
-            off = max(((runs["ours", kind]() - runs["theirs", kind]()) * std).abs().max().item() for kind in ("PIL", "JPEG"))
-            yield row("pixels", "largest difference, of 255", "", off, target="<= 1")
-        rate = {name: [len(paths) / s for s in seconds] for name, seconds in take_turns(runs, args).items()}
+            process = getattr(transformers, name)(do_pad=True, size={"shortest_edge": side},
+                                                  crop_size={"height": side, "width": side})
+
+            def theirs(images: list[Image.Image]) -> torch.Tensor:
+                return process(images=images, return_tensors="pt").pixel_values
+
+            runs |= {("theirs", "PIL"): lambda: theirs(images),
+                     ("theirs", "JPEG"): lambda: theirs([Image.open(path) for path in paths])}
+            std = torch.tensor(data.CLIP_STD)[:, None, None]
+            off = [(runs["ours", kind]() - runs["theirs", kind]()) * std for kind in ("PIL", "JPEG")]
+            yield row("pixels", "largest difference, of 255", "", 255 * torch.stack(off).abs().max(), target="<= 1")
+        rates = {key: [len(paths) / s for s in seconds] for key, seconds in take_turns(runs, args).items()}
     for kind in ("PIL", "JPEG"):
-        yield row(f"pixels from {kind}", "images per second", "/s", rate["ours", kind], rate.get(("theirs", kind)), name, ">= 1")
+        yield row(f"pixels from {kind}", "images per second", "/s", rates["ours", kind], rates.get(("theirs", kind)),
+                  name, ">= 1")
 
 
 def measure_padding(size: dict) -> Iterator[dict]:
@@ -623,9 +642,53 @@ def measure_padding(size: dict) -> Iterator[dict]:
         yield row(f"micro-batch {micro}", "padding with rows in random order", "", share["random"])
 
 
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE, as Qwen's is, with the little that random words can teach it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=[data.IMAGE, "<|endoftext|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(random_texts(1000), trainer)
+    return tokenizer
+
+
+def random_texts(n: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(1, 9))) for _ in range(500)]
+    return [" ".join(rng.choice(words, 100)) for _ in range(n)]
+
+
+def index_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Callable:
+    """What happens at every start of a run: open the index that a file has already, or read the whole file."""
+    path, tokenizer = f"{args.folder}/rows.json", make_tokenizer()
+
+    def ours() -> data.InstructionData:
+        return data.InstructionData([(path, 1.0)], args.folder, tokenizer, "vicuna", 576, 336, 2048)
+
+    return ours if side == "ours" else lambda: json.loads(Path(path).read_text())
+
+
+def measure_index(size: dict, args: argparse.Namespace) -> Iterator[dict]:
+    case = f"{size['rows']:,} rows of 100 words"
+    with tempfile.TemporaryDirectory() as args.folder:
+        rows = [{"id": str(i), "conversations": [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": text}]}
+                for i, text in enumerate(random_texts(size["rows"]))]
+        Path(args.folder, "rows.json").write_text(json.dumps(rows))
+        runs = {side: index_case(case, side, size, args) for side in ("ours", "json.load")}
+        began = time.perf_counter()
+        dataset = runs["ours"]()
+        yield row(case, "indexing, once", "rows/s", size["rows"] / (time.perf_counter() - began))
+        assert runs["json.load"]() == rows and len(dataset) == len(rows)
+        del rows, dataset
+        seconds = take_turns(runs, args)
+        yield row(case, "start-up", "s", seconds["ours"], seconds["json.load"], "json.load")
+        ours, whole = (peak_memory("data", case, side, args)["above"] for side in runs)
+        yield row(case, "memory of the rows", "B", ours, whole, "json.load")
+
+
 # -----------------------------------------------------------------------------
 
-CASES = {"loss": loss_case, "step": step_case}                       # what is measured in a process of its own
+CASES = {"loss": loss_case, "step": step_case, "data": index_case}   # what is measured in a process of its own
 SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "generate": bench_generate, "data": bench_data}
 
 
@@ -642,19 +705,21 @@ def main(argv: list[str]) -> None:
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     if args.memory:
-        print(json.dumps(measure_memory(args.sections[0], *args.memory.split(","), args)))
+        case, side = args.memory.rsplit(",", 1)
+        print(json.dumps(measure_memory(args.sections[0], case, side, args)))
         return
 
-    versions = {name: importlib.metadata.version(name) for name in ["torch", "numpy", "pillow"] + ["transformers"] * HAS_TRANSFORMERS}
+    packages = ["torch", "numpy", "pillow", "tokenizers"] + ["transformers"] * HAS_TRANSFORMERS
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     info = Path("/proc/cpuinfo")
     cpu = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else platform.machine()
     machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": args.device,
-               "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "none", "python": platform.python_version()}
-    report = {"machine": machine, "versions": versions, "memory_env": MEMORY_ENV, "repeats": args.repeats, "quick": args.quick,
-              "sections": {}}
+               "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "none"}
+    report = {"machine": machine, "versions": versions, "memory_env": MEMORY_ENV, "repeats": args.repeats,
+              "quick": args.quick, "sections": {}}
     print(", ".join(f"{key} {value}" for key, value in (machine | versions).items()))
     for section in args.sections or SECTIONS:
-        print(f"\n## {section}\n\n| case | measure | ours | peer | ours / peer | target | |\n|---|---|---|---|---|---|---|", flush=True)
+        print(f"\n## {section}\n\n| case | measure | ours | peer | ours / peer | target | |\n" + "|---" * 7 + "|")
         rows = report["sections"][section] = []
         for each in SECTIONS[section]((QUICK if args.quick else REAL)[section], args):
             rows.append(each)

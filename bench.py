@@ -1,7 +1,7 @@
 """
 Speed and memory of this code beside what a user would otherwise run, as ratios from one and the same run.
 
-    python bench.py                                  all sections: loss, moe, step, generate, data
+    python bench.py                                  all sections: loss, moe, step, generate, data, cache
     python bench.py loss moe --repeats=3             some of them, with fewer rounds
     python bench.py --quick                          toy sizes, which tell whether both sides agree and nothing else
 
@@ -68,6 +68,7 @@ REAL = {
     "generate": dict(student=replace(qwen2, n_layer=4), vision=VisionConfig(n_layer=2), rows=16, text=32, new=64),
     "data": dict(images=64, side=336, rows=100_000),
 }
+REAL["cache"] = REAL["step"]
 small, small_vision = DecoderConfig(151_656, 32, 2, 4, 2, 48, tied=True), VisionConfig(28, 14, 32, 2, 4, 64)
 QUICK = {
     "loss": dict(tokens=24, vocab=515, student=16, teacher=32),
@@ -77,6 +78,7 @@ QUICK = {
     "generate": dict(student=small, vision=small_vision, rows=3, text=5, new=6),
     "data": dict(images=6, side=56, rows=2_000),
 }
+QUICK["cache"] = QUICK["step"]
 
 
 # -----------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def measure_memory(section: str, case: str, side: str, args: argparse.Namespace)
     if section == "loss":
         CASES[section](case, side, QUICK[section], args)()           # what libraries allocate once does not count ...
     run = CASES[section](case, side, (QUICK if args.quick else REAL)[section], args)
-    if section == "step":
+    if section in ("step", "cache"):
         run()                                                        # ... nor does what an optimizer does
     if args.device == "cuda":
         torch.cuda.empty_cache()
@@ -394,8 +396,8 @@ def save_pair(size: dict, args: argparse.Namespace) -> None:
         llava.save_pretrained(Path(args.folder) / name, dtype=torch.bfloat16)
 
 
-def our_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
-    """The body of train.py's loop, from its own parts."""
+def our_step(stage: str, size: dict, args: argparse.Namespace, keep: int = 0) -> Callable:
+    """The body of train.py's loop, from its own parts. keep: with this many log-probs of the teacher, and not with it."""
     # The balance loss is computed and then weighs nothing: transformers' is another one (not per sequence).
     config = Config(train.DEFAULTS | dict(stage=stage, teacher="teacher", balance_coef=0.0))
     dtype = getattr(torch, size["dtype"])
@@ -409,12 +411,22 @@ def our_step(stage: str, size: dict, args: argparse.Namespace) -> Callable:
     batch = make_batch(size, args.device)
     if stage == "pd":
         batch["pixel_values"] = batch["pixel_values"][::2]           # a pair shows the same image twice
+    autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    vocabulary = student.config.text.vocab_size
+    if keep:
+        with autocast():
+            kept, _ = train.dictate(teacher, batch, Config(config, teacher_top_k=keep), vocabulary)
+        batch, teacher = batch | kept, None
 
     def run() -> list[torch.Tensor]:
         total = train.count_batch([batch], student, config)
-        with torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast():
             features = train.image_features(student, batch, stage)
-            loss, _ = objective(batch, features, train.ask_teacher(teacher, batch, features, config), total)
+            if keep:
+                reference = train.recall_teacher(batch, config, vocabulary)
+            else:
+                reference = train.ask_teacher(teacher, batch, features, config)
+            loss, _ = objective(batch, features, reference, total)
             loss.backward()
         return finish_step(loss, weights, optimizer, student.adaptor.linear_2.weight)
     return run
@@ -687,9 +699,64 @@ def measure_index(size: dict, args: argparse.Namespace) -> Iterator[dict]:
 
 
 # -----------------------------------------------------------------------------
+# cache: a d2s step with the teacher's kept answers, and what is lost by keeping k of them
 
-CASES = {"loss": loss_case, "step": step_case, "data": index_case}   # what is measured in a process of its own
-SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "generate": bench_generate, "data": bench_data}
+def bench_cache(size: dict, args: argparse.Namespace) -> Iterator[dict]:
+    dtype = getattr(torch, size["dtype"])
+    with tempfile.TemporaryDirectory() as args.folder:
+        save_pair(size, args)
+        online, cached = our_step("d2s", size, args), our_step("d2s", size, args, keep=64)
+        online(), cached()
+        seconds = take_turns({"online": online, "cached": cached}, args)
+        del online, cached
+        yield row(f"d2s step, {size['dtype']}", "time", "s", seconds["cached"], seconds["online"], "with the teacher", "<= 0.6")
+        ours, theirs = (peak_memory("cache", "d2s", side, args)["total"] for side in ("cached", "online"))
+        yield row(f"d2s step, {size['dtype']}", "memory, all included", "B", ours, theirs, "with the teacher")
+    yield from loss_gap(dtype, args)
+
+
+def cache_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Callable:
+    return our_step(case, size, args, keep=64 if side == "cached" else 0)
+
+
+def loss_gap(dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict]:
+    """The KL on the tiny world's d2d rows, over all tokens and over k of them, before (align) and after d2d."""
+    if not Path("out/tiny/d2d/config.json").is_file():
+        print("(no out/tiny here: run speedrun.sh first for what k costs)")
+        return
+    config = Config(train.DEFAULTS | dict(stage="d2d", teacher="out/tiny/teacher", data="data/tiny/train/d2d.json",
+                                          image_dir="data/tiny/train/images", max_length=128, dtype="float32"))
+    teacher = Llava.from_pretrained(config.teacher).eval()
+    for name in ("align", "d2d"):
+        student = Llava.from_pretrained(f"out/tiny/{name}").eval()
+        V, rows = student.config.text.vocab_size, train.open_rows(config, student)
+        batches = data.prefetch(rows, [range(i, i + 50) for i in range(0, 500, 50)],
+                                partial(data.collate, pad_token_id=student.config.pad_token_id), 0)
+        kl, tokens = {"online": 0.0, V: 0.0, 64: 0.0, 16: 0.0, 4: 0.0}, 0
+        for batch in batches:
+            with torch.no_grad():
+                features = train.image_features(student, batch, "d2d")
+                hidden, _, _ = train.states_to_learn(student, batch, features, config)
+                logits, everything, tokens = student.decoder.head(hidden), slice(0, len(hidden)), tokens + len(hidden)
+                for k in kl:
+                    if k == "online":
+                        of_teacher = train.ask_teacher(teacher, batch, features, config)
+                    else:
+                        kept, _ = train.dictate(teacher, batch, Config(config, teacher_top_k=k), V)
+                        of_teacher = train.recall_teacher(batch | kept, config, V)
+                    kl[k] += of_teacher(logits, everything).sum().item()
+        for k in [k for k in kl if k != "online"]:
+            case = f"tiny world, student after {name}, k = {k}" + " = V" * (k == V)
+            yield row(case, "KL per token", "", kl[k] / tokens, kl["online"] / tokens, "online")
+            yield row(case, "KL missing", "", (kl["online"] - kl[k]) / tokens, target="<= 1e-5" if k == V else "")
+            yield row(case, "size per token", "bytes", 8.0 * k + 4)
+
+
+# -----------------------------------------------------------------------------
+
+CASES = {"loss": loss_case, "step": step_case, "data": index_case, "cache": cache_case}   # measured in their own process
+SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "generate": bench_generate, "data": bench_data,
+            "cache": bench_cache}
 
 
 def main(argv: list[str]) -> None:

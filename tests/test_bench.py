@@ -40,6 +40,7 @@ def test_every_section_reports_what_it_promises(report):
         "step": ["speed", "memory, all included", "memory above weights"],
         "generate": ["tokens per second", "prompt and first token", "further tokens"],
         "data": ["images per second", "padding, of all tokens"],
+        "cache": ["time", "memory, all included"],
     }
     assert report["sections"].keys() == promised.keys() == bench.SECTIONS.keys()
     for section, measures in promised.items():

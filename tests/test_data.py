@@ -191,6 +191,12 @@ def test_bad_template_or_tokenizer():
         render(turns("hi", "ho"), bare)
 
 
+def test_a_deep_value_is_named_too():
+    deep = functools.reduce(lambda value, _: [value], range(9999), 1)
+    with pytest.raises(DataError, match="turn 0 is a list of hundreds of levels, expected"):
+        render(deep, qwen_tokenizer())
+
+
 def test_show_colours_what_is_learned(capsys):
     tokenizer = qwen_tokenizer()
     show(*render(TWO_TURNS, tokenizer, "vicuna", image_tokens=576), tokenizer)
@@ -509,7 +515,8 @@ MIXED = [row("é", "<image>\nWas ist das? 中文", "Eine Kätzchen 😀 \\ \" ]"
          row(4, "long " * 40, "Ho", "Hi", "Ho")]
 PAIRS = [{"id": i, "chosen": turns("Hi é", chosen), "rejected": turns("Hi é", rejected)}
          for i, (chosen, rejected) in enumerate([("Ho", "No 中"), ("Ho " * 99, "Ho"), ("", "Ho")])]
-PAIRS += [{"idx": 9, "question": "Wö?", "image_path": "ä.png", "chosen": "Red.", "rejected": "Blue."}]
+PAIRS += [{"id": "no answer", "chosen": turns("Hi", "Ho"), "rejected": turns("Hi")},
+          {"idx": 9, "question": "Wö?", "image_path": "ä.png", "chosen": "Red.", "rejected": "Blue."}]
 
 
 def spellings(rows, folder):
@@ -563,13 +570,15 @@ def count_calls(monkeypatch):
 
 def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
     noise("RGB", 9, 9).save(world.folder / "ä.png")
-    file, calls = world(MIXED), count_calls(monkeypatch)
+    file, calls, looked = world(MIXED * 2), count_calls(monkeypatch), []
+    monkeypatch.setattr(os.path, "isfile", lambda path, isfile=os.path.isfile: looked.append(path) or isfile(path))
     first = dataset(InstructionData, world, file)
+    assert sorted(map(os.path.basename, looked)) == ["a.png", "b.png", "ä.png"]  # each image once
     [index] = world.folder.glob("rows.json.????????.index")
-    assert len(calls) == 5 and not list(world.folder.glob("*.tmp"))
+    assert len(calls) == 10 and not list(world.folder.glob("*.tmp"))
     again = dataset(InstructionData, world, file)
     other = dataset(InstructionData, world, file, max_length=45)  # needs no other index
-    assert len(calls) == 5 and (again.lengths == first.lengths).all() and again.notes == first.notes
+    assert len(calls) == 10 and (again.lengths == first.lengths).all() and again.notes == first.notes
     assert len(other) < len(first) and max(other.lengths) == 45 < first.lengths[1]
     assert again.fingerprint == first.fingerprint != other.fingerprint
 
@@ -583,7 +592,7 @@ def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
     with pytest.raises(DataError, match=f"^{file}: changed since it was indexed; start again"):
         first[0]
     assert dataset(InstructionData, world, file).fingerprint == first.fingerprint  # same content, newer time
-    assert len(calls) == 10
+    assert len(calls) == 20
     assert capsys.readouterr().err == f"{file}: changed since it was indexed; building its index again\n"
     world(MIXED[:2])
     assert dataset(InstructionData, world, file).fingerprint != first.fingerprint

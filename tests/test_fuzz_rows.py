@@ -40,7 +40,8 @@ PREFERENCES = [
      "rejected": turns("<image>\nwhat ?", "a dog " * 9)},
     {"idx": 2, "question": "what is there ?", "image": "b é.png", "chosen": "a kite", "rejected": "no"},
     {"idx": 3, "question": "中文 ?", "image_path": "a.png", "chosen": "", "rejected": "yes " * 30},
-    {"id": 4, "chosen": turns("red ?", "no", "blue ?", "yes"), "rejected": turns("red ?", "yes", "blue ?", "no")}]
+    {"id": 4, "chosen": turns("red ?", "no", "blue ?", "yes"), "rejected": turns("red ?", "yes", "blue ?", "no")},
+    {"id": 5, "chosen": turns("red ?", "no"), "rejected": turns("red ?")}]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ in a correct result or in one line that names the file or the key. Never in anot
 
     python -m pytest tests/test_fuzz_files.py
 """
-import copy
 import json
 import os
 import shutil

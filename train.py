@@ -487,20 +487,10 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
             first_step = state["step"]
     steps = config.max_steps or config.epochs * sampler.steps_per_epoch
 
-    counts = student.count_parameters()
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    for line in [*dataset.notes, *filter(None, [note])]:
+    for line in [*dataset.notes, *filter(None, [note]), *introduction(config, student, teacher, dataset, ranks)]:
         say(line)
-    say(f"stage {config.stage}: {counts['vision'] + counts['adaptor'] + counts['decoder']:,} parameters "
-        f"(decoder {counts['decoder']:,}, {counts['decoder_active']:,} active per token), {trained:,} of them learn")
-    say(f"{len(dataset):,} rows, {config.batch_size} a step = {ranks.world_size} ranks x "
-        f"{config.batch_size // (config.micro_batch_size * ranks.world_size)} micro-batches x {config.micro_batch_size}; "
-        f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
-    if teacher is not None:
-        say(f"teacher: {sum(p.numel() for p in teacher.decoder.parameters()):,} decoder parameters, frozen, "
-            f"{'sharing the ViT with the student' if teacher.vision is student.vision else 'with a ViT of its own'}")
-    if cache is not None:
-        say(f"teacher: its answers are read from {config.teacher_cache}")
+    say(f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
+
     # Spread over the ranks, and back to where the saved state stands
     objective, optimizer = parallel.spread(Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), eps=config.eps,
@@ -533,7 +523,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
 
     # The loop. A step is: learning rate, micro-batches, clip, update, log, save.
     stream = data.batches(rows, sampler, config.micro_batch_size, ranks.rank, ranks.world_size, first_step, steps,
-                          config.num_workers, collate)
+                          config.num_workers, collate, pin_memory=ranks.device.type == "cuda")
     began, stop.can_wait = time.time(), True
     for step, micro in enumerate(stop.watch(stream), start=first_step + 1):
         step_began = time.time()
@@ -554,14 +544,13 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
             last = i == len(micro) - 1
             with nullcontext() if last else parallel.keep_gradients_local(objective), autocast():
                 features = image_features(student, batch, config.stage)
+                reference = None
                 if cache is not None:
                     reference = recall_teacher(batch, config, cache.made_with["vocabulary"])
-                elif teacher is not None and teacher.vision is student.vision:
-                    reference = ask_teacher(teacher, batch, features, config)
                 elif teacher is not None:
-                    reference = ask_teacher(teacher, batch, image_features(teacher, batch, config.stage), config)
-                else:
-                    reference = None
+                    same = teacher.vision is student.vision
+                    seen = features if same else image_features(teacher, batch, config.stage)
+                    reference = ask_teacher(teacher, batch, seen, config)
                 loss, parts = objective(batch, features, reference, total)
                 (loss * ranks.world_size).backward()                 # gradients are averaged over ranks; we want the sum
             loss_sum += loss.detach()
@@ -608,6 +597,23 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     say(f"{config.stage} done: {out_dir}")
 
 
+def introduction(config: Config, student: Llava, teacher: Llava | None, dataset: data.RowData,
+                 ranks: parallel.Ranks) -> list[str]:
+    """Who learns what from whom, in a few lines."""
+    counts = student.count_parameters()
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    lines = [f"stage {config.stage}: {counts['vision'] + counts['adaptor'] + counts['decoder']:,} parameters "
+             f"(decoder {counts['decoder']:,}, {counts['decoder_active']:,} active per token), {trained:,} of them learn",
+             f"{len(dataset):,} rows, {config.batch_size} a step = {ranks.world_size} ranks x "
+             f"{config.batch_size // (config.micro_batch_size * ranks.world_size)} micro-batches x {config.micro_batch_size}"]
+    if config.teacher_cache:
+        lines += [f"teacher: its answers are read from {config.teacher_cache}"]
+    elif teacher is not None:
+        lines += [f"teacher: {sum(p.numel() for p in teacher.decoder.parameters()):,} decoder parameters, frozen, "
+                  f"{'sharing the ViT with the student' if teacher.vision is student.vision else 'with a ViT of its own'}"]
+    return lines
+
+
 def put_on(device: torch.device, batch: dict) -> dict:
     return {key: None if value is None else value.to(device, non_blocking=True) for key, value in batch.items()}
 
@@ -647,8 +653,8 @@ def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.
         return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "") if items else "none"
 
     return (f"; finite parts of the loss: {some(fine)}, not finite: {some([name for name in parts if name not in fine])}; "
-            f"gradients not finite: {some(names)}; the batch: {some([dataset.describe(row) for row in rows])}; the weights were not "
-            "touched, and what was saved before is intact")
+            f"gradients not finite: {some(names)}; the batch: {some([dataset.describe(row) for row in rows])}; the weights "
+            "were not touched, and what was saved before is intact")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Why a run ends, and what it leaves:
     broken data                  the state of the step before
 """
 import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -87,6 +88,19 @@ def begin_or_resume(out_dir: Path, config: Config, may_change: list[str]) -> tup
         raise CheckpointError(f"{'; '.join(damaged)}: no state is left to continue from; remove {out_dir / 'state'} to start "
                               "again at step 0")
     return False, None, ""
+
+
+HELD = []    # open files whose locks this process holds; closing one would give its lock up
+
+
+def lock(out_dir: Path) -> None:
+    """Keep other processes out of the folder for as long as this one lives."""
+    file = open(out_dir / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel's: it goes when the process does
+    except OSError:
+        raise ConfigError(f"{out_dir}: another run is writing there; wait for it, end it, or choose another out_dir") from None
+    HELD.append(file)
 
 
 def saved_states(out_dir: Path) -> list[Path]:

@@ -502,6 +502,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if ranks.rank == 0:
             with resume.writing(out_dir / "run.json", 10_000):
                 out_dir.mkdir(parents=True, exist_ok=True)
+                resume.lock(out_dir)
                 resume.go_back(out_dir, first_step)
                 resume.write_run(out_dir, config, ranks.world_size, finished=False)
     del state

@@ -410,3 +410,21 @@ def test_settings_of_the_machine_may_change_on_resuming(world, whole, tmp_path):
     (tmp_path / "out" / "run.json").unlink()
     with pytest.raises(CheckpointError, match="run.json: no such file, but .* holds states of a run"):
         train.main(flags(world, "d2s", tmp_path / "out", max_steps=6, save_every=2))
+
+
+def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
+    out = tmp_path / "out"
+    arguments = flags(world, "align", out, max_steps=2000, save_every=10_000)
+    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 100
+        while not (out / "log.jsonl").is_file():
+            assert time.time() < deadline and first.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(train.ConfigError, match="another run is writing there"):
+            train.main(arguments)
+    finally:
+        first.kill()
+        first.wait()
+    train.main(flags(world, "align", tmp_path / "other", max_steps=1))      # and a dead run keeps nobody out
+    resume.lock(out)

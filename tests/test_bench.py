@@ -57,7 +57,7 @@ def test_our_results_are_those_of_the_peers(report):
                   if kind in row["case"]}
         assert len(values) == count and all(value <= bound for value in values.values()), values
 
-    check("loss", "largest relative difference", 0.02, count=7)                 # bf16 products, summed in another order
+    check("loss", "largest relative difference", 0.02, count=5)                 # bf16 products, summed in another order
     check("moe", "largest relative difference", 1e-5, "fp32", count=6)          # three shapes, transformers' two ways
     check("moe", "largest relative difference", 0.03, "bf16", count=6)
     check("step", "largest relative difference", 1e-5, count=4)                 # loss, gradient norm, adaptor; in fp32

@@ -338,7 +338,7 @@ BAD = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "other model": (lambda f: edit_config(f, model_type="llava_next"), "model_type is 'llava_next', expected 'llava'"),
     "other act": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu', but this code computes 'silu' only"),
-    "wrong type": (lambda f: edit_config(f, hidden_size="wide"), "hidden_size is 'wide', expected a whole number"),
+    "wrong type": (lambda f: edit_config(f, hidden_size="wide"), "hidden_size is 'wide', expected a number from 1 to"),
     "wrong width": (lambda f: edit_config(f, intermediate_size=50), "has shape (32, 48), expected (32, 50)"),
     "other tokenizer": (lambda f: edit_config(f, image_token_index=7), "not of one checkpoint"),
 }

@@ -421,9 +421,11 @@ def measure_rows(path, measure):
             told = time.time()
             print(f"{path}: {number + 1:,} rows indexed, {(number + 1) / (told - began):,.0f} a second, "
                   f"{offset / size:.0%} of the file", file=sys.stderr)
+    contents = hashlib.sha256()
     with open(path, "rb") as file:
-        contents = hashlib.file_digest(file, "sha256").hexdigest()
-    return {name: np.array(column, COLUMNS[name]) for name, column in columns.items()}, contents
+        while block := file.read(WINDOW):
+            contents.update(block)
+    return {name: np.array(column, COLUMNS[name]) for name, column in columns.items()}, contents.hexdigest()
 
 
 def name_row(path, number, raw):

@@ -636,6 +636,24 @@ def test_a_damaged_index_is_built_again(world, monkeypatch, capsys, damage):
     assert dataset(InstructionData, world, file).fingerprint == first.fingerprint and len(calls) == 2
 
 
+def test_a_file_that_changes_under_our_hands_is_not_indexed(world, monkeypatch):
+    file, calls = world(MIXED[1:3]), itertools.count(1)
+    touch = lambda *args, **more: os.utime(file, (0, next(calls))) or render(*args, **more)
+    monkeypatch.setattr(data_file, "render", touch)
+    with pytest.raises(DataError, match="changed while it was being indexed; start again when it is complete"):
+        dataset(InstructionData, world, file)
+    assert not list(world.folder.glob("rows.json.*"))
+
+
+def test_progress_is_told_every_few_seconds(world, monkeypatch, capsys):
+    file, clock = world([row(i, "Hi", "Ho") for i in range(12)]), itertools.count(step=1)
+    monkeypatch.setattr(data_file, "time", types.SimpleNamespace(time=clock.__next__))
+    dataset(InstructionData, world, file)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 3 and all(re.fullmatch(rf"{file}: \d+ rows indexed, \d a second, \d+% of the file", line)
+                                        for line in lines)
+
+
 def test_a_folder_that_takes_no_index(world):
     file = world([row(0, "Hi", "Ho")], "x" * 245 + ".json")  # with more behind it the name is too long for a file
     with pytest.raises(DataError, match="no index can be written beside it .File name too long.; make the folder"):

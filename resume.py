@@ -4,6 +4,7 @@ What survives a crash. A run may end at any moment, and the same command goes on
     out_dir/run.json                   settings, versions, and whether the run is finished
     out_dir/log.jsonl                  one record per step
     out_dir/state/step_00000300.pt     what learns after step 300, in fp32, with Adam's two averages; the newest two are kept
+    out_dir/lock                       keeps a second run out
     out_dir/...                        the student as a Hugging Face folder
 
 One rule makes this work: a file bears its name only when it is complete. It is written beside its place (.tmp), flushed to

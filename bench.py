@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -54,6 +55,7 @@ if HAS_TRANSFORMERS:
     import transformers
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Initializing zero-element")               # its shared expert of width 0
 
 MEMORY_ENV = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 EXPERTS = ["eager", "grouped_mm"]     # transformers' ways to run experts; the faster one counts
@@ -395,7 +397,7 @@ def save_pair(size: dict, args: argparse.Namespace) -> None:
 
 
 def our_step(stage: str, size: dict, args: argparse.Namespace, keep: int = 0) -> Callable:
-    """The body of train.py's loop, from its own parts. keep: with this many log-probs of the teacher, and not with it."""
+    """The body of train.py's loop, from its own parts. keep: with so many of the teacher's log-probs in its place."""
     # The balance loss is computed and then weighs nothing: transformers' is another one (not per sequence).
     config = Config(train.DEFAULTS | dict(stage=stage, teacher="teacher", balance_coef=0.0))
     dtype = getattr(torch, size["dtype"])
@@ -707,9 +709,10 @@ def bench_cache(size: dict, args: argparse.Namespace) -> Iterator[dict]:
         online(), cached()
         seconds = take_turns({"online": online, "cached": cached}, args)
         del online, cached
-        yield row(f"d2s step, {size['dtype']}", "time", "s", seconds["cached"], seconds["online"], "with the teacher", "<= 0.6")
+        case, against = f"d2s step, {size['dtype']}", "with the teacher"
+        yield row(case, "time", "s", seconds["cached"], seconds["online"], against, "<= 0.6")
         ours, theirs = (peak_memory("cache", "d2s", side, args)["total"] for side in ("cached", "online"))
-        yield row(f"d2s step, {size['dtype']}", "memory, all included", "B", ours, theirs, "with the teacher")
+        yield row(case, "memory, all included", "B", ours, theirs, against)
     yield from loss_gap(dtype, args)
 
 
@@ -752,7 +755,8 @@ def loss_gap(dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict]:
 
 # -----------------------------------------------------------------------------
 
-CASES = {"loss": loss_case, "step": step_case, "data": index_case, "cache": cache_case}   # measured in their own process
+# What is measured in a process of its own
+CASES = {"loss": loss_case, "step": step_case, "data": index_case, "cache": cache_case}
 SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "generate": bench_generate, "data": bench_data,
             "cache": bench_cache}
 

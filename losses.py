@@ -71,7 +71,8 @@ def forward_kl_top_k(student_logits: torch.Tensor, top_ids: torch.Tensor, top_lo
 # teacher's copies of each of them, are by far the largest tensors of a step. They need not exist.
 
 # How many tokens at a time: few enough that their softmax stays small, enough that the matrix product is not starved.
-CHUNK = {"cpu": 32, "cuda": 256}
+CHUNK = {"cpu": 64, "cuda": 256}
+HEAD_CHUNK = 256    # and for the gradient of a head that learns: each such product reads and writes all of that gradient
 
 
 def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.Tensor, slice], tuple],
@@ -97,7 +98,7 @@ class ChunkedLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         x, w = hidden.detach().to(dtype), weight.detach().to(dtype)
-        values, terms = [], []
+        values, terms, waiting = [], [], []
         grad_hidden = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # summed over chunks in at least fp32, whatever the products are computed in
         grad_weight = (torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -115,7 +116,11 @@ class ChunkedLoss(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = grad_logits @ w
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), x[part].to(grad_weight.dtype))
+                    waiting.append(grad_logits)
+                    tokens = sum(len(each) for each in waiting)
+                    if tokens >= HEAD_CHUNK or part.stop == len(x):
+                        add_product(grad_weight, torch.cat(waiting), x[part.stop - tokens:part.stop])
+                        waiting = []
         ctx.grad_hidden, ctx.grad_weight, ctx.dtypes = grad_hidden, grad_weight, (hidden.dtype, weight.dtype)
         values, terms = torch.cat(values), torch.cat(terms, dim=1)
         ctx.mark_non_differentiable(terms)
@@ -133,6 +138,12 @@ class ChunkedLoss(torch.autograd.Function):
                 raise ValueError("a head that learns needs the plain sum of the token losses, not a weighted one")
             grad_weight = grad_weight.mul_(grad[0]).to(weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left.T @ right: (V, D), (n, V), (n, D). By blocks of rows, so that no second (V, D) matrix is made."""
+    for rows, columns in zip(total.split(8192), left.split(8192, dim=1)):
+        rows.add_(columns.T @ right)
 
 
 # -----------------------------------------------------------------------------

@@ -33,10 +33,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from configurator import Config, load_config
-from losses import CHUNK
+from losses import CHUNK, HEAD_CHUNK
 from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, describe_llava,
                    describe_parts, grow_vocabulary)
 from moe import SparseFFN
@@ -241,13 +242,15 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     head = student.decoder.head_weight
     V, D = head.shape
     work = half * batch.learned * 2 * D                              # what the head reads, and its gradient
-    if head.requires_grad:
-        work += (4 + half) * V * D                                   # the head's gradient so far, and its copy in bf16
-    per_logit = 16                                                   # in bf16 and fp32, log-softmax, gradient
+    per_logit = 16 if config.stage == "pd" else 14                   # in bf16, log-softmax, its gradients
     if teacher is not None and config.stage != "pd":
         work += half * batch.learned * teacher.config.text.n_embd
-        per_logit = 32                                               # again for the KL; the teacher's; their product
-    return work + min(CHUNK["cuda"], batch.learned) * V * per_logit
+        per_logit = 28                                               # again for the KL; the teacher's; their product
+    chunk, waiting = min(CHUNK["cuda"], batch.learned), min(HEAD_CHUNK, batch.learned)
+    if not head.requires_grad:
+        return work + V * per_logit * chunk
+    work += (4 + half) * V * D                                       # the head's gradient so far, and its copy in bf16
+    return work + V * max(per_logit * chunk + half * (waiting - chunk), 2 * half * waiting)
 
 
 def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
@@ -386,7 +389,7 @@ def report(config: Config, world_size: int, lengths: list[int] | None = None, st
     """What `train.py --dry_run` prints. `lengths` of the rows and `steps`: where the data are at hand."""
     student, teacher = build(config)
     text, stage = student.config.text, STAGES[config.stage]
-    longest, mean = (max(lengths), sum(lengths) / len(lengths)) if lengths is not None else (None, None)
+    longest, mean = (int(max(lengths)), float(np.mean(lengths))) if lengths is not None else (None, None)
     sparse = f", {text.num_experts} experts, {text.top_k} active, in {len(text.sparse_layers)} of {text.n_layer} layers"
     lines = [f"stage {config.stage} on {world_size} GPU{'s' * (world_size > 1)}, {config.batch_size} "
              f"{'pairs' if config.stage == 'pd' else 'rows'} a step, {config.micro_batch_size} a GPU and pass",

@@ -71,8 +71,7 @@ def forward_kl_top_k(student_logits: torch.Tensor, top_ids: torch.Tensor, top_lo
 # teacher's copies of each of them, are by far the largest tensors of a step. They need not exist.
 
 # How many tokens at a time: few enough that their softmax stays small, enough that the matrix product is not starved.
-CHUNK = {"cpu": 64, "cuda": 256}
-HEAD_CHUNK = 256    # and for the gradient of a head that learns: each such product reads and writes all of that gradient
+CHUNK = {"cpu": 48, "cuda": 256}
 
 
 def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.Tensor, slice], tuple],
@@ -97,30 +96,28 @@ class ChunkedLoss(torch.autograd.Function):
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        x, w = hidden.detach().to(dtype), weight.detach().to(dtype)
-        values, terms, waiting = [], [], []
+        x, w = hidden.detach().to(dtype), weight.detach()
+        values, terms = [], []
         grad_hidden = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # summed over chunks in at least fp32, whatever the products are computed in
-        grad_weight = (torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_weight = (torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
                        if ctx.needs_input_grad[1] else None)
         learns = any(ctx.needs_input_grad)
         with torch.autocast(device, enabled=False), torch.set_grad_enabled(learns):
             for start in range(0, len(x), chunk):
                 part = slice(start, min(start + chunk, len(x)))
-                logits = F.linear(x[part], w).requires_grad_(learns)           # (n, V)
+                logits = through_head(x[part], w).requires_grad_(learns)       # (n, V)
                 value, reported = loss(logits, part)
                 values.append(value.detach())
                 terms.append(torch.stack(reported).detach())
                 if learns:
                     grad_logits, = torch.autograd.grad(value.sum(), logits)                      # (n, V)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad_logits @ w
-                if grad_weight is not None:
-                    waiting.append(grad_logits)
-                    tokens = sum(len(each) for each in waiting)
-                    if tokens >= HEAD_CHUNK or part.stop == len(x):
-                        add_product(grad_weight, torch.cat(waiting), x[part.stop - tokens:part.stop])
-                        waiting = []
+                    if grad_hidden is not None:
+                        grad_hidden[part] = back_through_head(grad_logits, w)
+                    if grad_weight is not None:
+                        add_to_head(grad_weight, grad_logits, x[part])
+                    del grad_logits
+                del logits, value, reported                                    # before the next chunk's are made
         ctx.grad_hidden, ctx.grad_weight, ctx.dtypes = grad_hidden, grad_weight, (hidden.dtype, weight.dtype)
         values, terms = torch.cat(values), torch.cat(terms, dim=1)
         ctx.mark_non_differentiable(terms)
@@ -140,10 +137,33 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left.T @ right: (V, D), (n, V), (n, D). By blocks of rows, so that no second (V, D) matrix is made."""
-    for rows, columns in zip(total.split(8192), left.split(8192, dim=1)):
-        rows.add_(columns.T @ right)
+# A head that learns is kept in fp32. Its products go by blocks of its rows, so that neither its copy in bf16 nor one
+# chunk's share of its gradient ever exists as a whole. The casts are made anew for each chunk, and cost little beside the
+# products: a block is cast and used while it is still in a cache.
+ROWS = {"cpu": 2048, "cuda": 32768}
+
+
+def through_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T in the dtype of x: (n, D), (V, D) -> (n, V)."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight)
+    return torch.cat([F.linear(x, block.to(x.dtype)) for block in weight.split(ROWS[x.device.type])], dim=1)
+
+
+def back_through_head(grad_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """grad_logits @ weight in the dtype of grad_logits: (n, V), (V, D) -> (n, D)."""
+    dtype, rows = grad_logits.dtype, ROWS[grad_logits.device.type]
+    if weight.dtype == dtype:
+        return grad_logits @ weight
+    blocks = zip(grad_logits.split(rows, dim=1), weight.split(rows))
+    return sum((columns @ block.to(dtype)).float() for columns, block in blocks).to(dtype)
+
+
+def add_to_head(grad_weight: torch.Tensor, grad_logits: torch.Tensor, x: torch.Tensor) -> None:
+    """grad_weight += grad_logits.T @ x: (V, D), (n, V), (n, D)."""
+    rows = ROWS[x.device.type]
+    for block, columns in zip(grad_weight.split(rows), grad_logits.split(rows, dim=1)):
+        block.add_(columns.T @ x)
 
 
 # -----------------------------------------------------------------------------

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from configurator import Config, load_config
-from losses import CHUNK, HEAD_CHUNK
+from losses import CHUNK
 from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, describe_llava,
                    describe_parts, grow_vocabulary)
 from moe import SparseFFN
@@ -246,11 +246,8 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     if teacher is not None and config.stage != "pd":
         work += half * batch.learned * teacher.config.text.n_embd
         per_logit = 28                                               # again for the KL; the teacher's; their product
-    chunk, waiting = min(CHUNK["cuda"], batch.learned), min(HEAD_CHUNK, batch.learned)
-    if not head.requires_grad:
-        return work + V * per_logit * chunk
-    work += (4 + half) * V * D                                       # the head's gradient so far, and its copy in bf16
-    return work + V * max(per_logit * chunk + half * (waiting - chunk), 2 * half * waiting)
+    work += V * per_logit * min(CHUNK["cuda"], batch.learned)
+    return work + 4 * V * D * head.requires_grad                     # the head's gradient so far
 
 
 def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:

@@ -126,8 +126,9 @@ def objectives(targets, teacher_hidden, teacher_weight):
 @pytest.mark.parametrize("name", ["ce", "kl", "both", "logprob"])
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 @pytest.mark.parametrize("trained", [True, False])
-def test_chunks_equal_the_plain_formula(name, chunk, trained):
+def test_chunks_equal_the_plain_formula(name, chunk, trained, monkeypatch):
     """Values, terms and both gradients, 1e-12, with the head tied to the embedding that made the hidden states."""
+    monkeypatch.setattr(losses, "ROWS", {"cpu": 5})
     N, D, V = 10, 6, 17
     embedding = torch.randn(V, D).double().requires_grad_(trained)
     ids, targets = torch.randint(V, (N,)), torch.randint(V, (N,))
@@ -163,8 +164,10 @@ def test_chunks_with_a_trained_head_refuse_unequal_weights():
         (values * torch.arange(4.0)).sum().backward()
 
 
-def test_chunks_in_bf16_equal_the_plain_formula_in_bf16():
+@pytest.mark.parametrize("rows", [16, 2048])
+def test_chunks_in_bf16_equal_the_plain_formula_in_bf16(rows, monkeypatch):
     """Under autocast with an fp32 head that learns, as in training; a head's gradient is even summed in more precision."""
+    monkeypatch.setattr(losses, "ROWS", {"cpu": rows})
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
     loss = objectives(torch.randint(40, (8,)), None, None)["ce"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -178,7 +181,7 @@ def test_chunks_in_bf16_equal_the_plain_formula_in_bf16():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_chunks_never_hold_the_logits_of_all_tokens(trained, monkeypatch):
-    """The largest tensor made, forward and backward, is the head's gradient, or a few chunks' worth of logits."""
+    """The largest tensor made, forward and backward, is the head's gradient, or one chunk's logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -190,12 +193,12 @@ def test_chunks_never_hold_the_logits_of_all_tokens(trained, monkeypatch):
                 self.rows = max(self.rows, out.shape[0])
             return out
 
-    monkeypatch.setattr(losses, "HEAD_CHUNK", 8)
-    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=trained)
-    loss = objectives(torch.randint(1000, (64,)), torch.randn(64, 6), torch.randn(1000, 6))["both"]
+    monkeypatch.setattr(losses, "ROWS", {"cpu": 300})
+    hidden, weight = torch.randn(64, 3, requires_grad=True), torch.randn(1000, 3, requires_grad=trained)
+    loss = objectives(torch.randint(1000, (64,)), torch.randn(64, 3), torch.randn(1000, 3))["both"]
     with Largest() as largest:
         by_chunks(hidden, weight, loss, 4)[0].sum().backward()
-    assert 0 < largest.rows <= 8        # 4 tokens, or 8 that wait for the head's gradient
+    assert largest.rows == 4
 
 
 # -----------------------------------------------------------------------------

@@ -40,11 +40,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 import data
 import losses
+import plan
 import train
 from configurator import Config
 from model import DECODERS, FFN, DecoderConfig, Llava, LlavaConfig, VisionConfig, write_file
@@ -482,24 +482,50 @@ def step_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Cal
     return our_step(case, size, args) if side == "ours" else partial(their_step(case, size, args), side)
 
 
-def step_products(size: dict, images: int) -> list[tuple]:
-    """Every product with a weight that a step of ours needs, but the routers'. Attention's own are left out, too."""
-    vision, rows, P, Dv = size["vision"], size["rows"], size["vision"].patches, size["vision"].n_embd
-    seen, run = images * (P + 1), vision.n_layer + 1 + vision.feature_layer          # the ViT's positions and layers
-    layers = [(1, images * P, 3 * vision.patch_size ** 2, Dv, "f"), (4 * run, seen, Dv, Dv, "f"),
-              (run, seen, Dv, vision.ffn, "f"), (run, seen, vision.ffn, Dv, "f")]
-    tokens, answers = rows * (P + size["text"]), rows * size["text"]
-    for text, learns in [(size["student"], True), (size["teacher"], False)]:
-        D, n = text.n_embd, text.n_layer
-        through = "fx" if learns else "f"                            # frozen, but the adaptor's gradient passes through
-        layers += [(1, rows * P, Dv, D, "fw" if learns else "f"), (1, rows * P, D, D, "fxw" if learns else "f"),
-                   (2 * n, tokens, D, D, through), (2 * n, tokens, D, D // text.n_head * text.n_kv_head, through),
-                   (1, answers, D, text.vocab_size, through)]
-        sparse = (n + 1) // 2 if learns else 0                       # every other layer has 4 experts, 2 for each token
-        for D_in, D_out, matrices in [(D, text.ffn, 2), (text.ffn, D, 1)]:
-            layers += [(matrices * (n - sparse), tokens, D_in, D_out, through),
-                       (matrices * sparse * 4, tokens // 2, D_in, D_out, "fxw")]
+def vision_products(vision: VisionConfig, images: int) -> list[tuple]:
+    """Every product with a weight of a pass through the ViT, as `bare_products` takes them."""
+    P, Dv, seen, run = vision.patches, vision.n_embd, images * (vision.patches + 1), vision.n_layer + 1 + vision.feature_layer
+    return [(1, images * P, 3 * vision.patch_size ** 2, Dv, "f"), (4 * run, seen, Dv, Dv, "f"),
+            (run, seen, Dv, vision.ffn, "f"), (run, seen, vision.ffn, Dv, "f")]
+
+
+def decoder_products(text: DecoderConfig, vision: VisionConfig, rows: int, tokens: int, heads: int, sparse: bool = False,
+                     learns: bool = False) -> list[tuple]:
+    """The same of adaptor and decoder, `tokens` positions a row, the head at `heads` of them. Not the routers' products.
+
+    If it learns (d2s), the experts and the adaptor do; the gradient of the latter passes through all that is frozen.
+    """
+    D, n, through = text.n_embd, text.n_layer, "fx" if learns else "f"
+    images, positions = rows * vision.patches, rows * tokens
+    n_sparse = (n + 1) // 2 if sparse else 0                         # every other layer has 4 experts, 2 for each token
+    layers = [(1, images, vision.n_embd, D, "fw" if learns else "f"), (1, images, D, D, "fxw" if learns else "f"),
+              (2 * n, positions, D, D, through), (2 * n, positions, D, D // text.n_head * text.n_kv_head, through),
+              (1, rows * heads, D, text.vocab_size, through)]
+    for D_in, D_out, matrices in [(D, text.ffn, 2), (text.ffn, D, 1)]:
+        layers += [(matrices * (n - n_sparse), positions, D_in, D_out, through),
+                   (matrices * n_sparse * 4, positions // 2, D_in, D_out, "fxw" if learns else "f")]
     return layers
+
+
+def step_products(size: dict, images: int) -> list[tuple]:
+    shape = dict(vision=size["vision"], rows=size["rows"], tokens=size["vision"].patches + size["text"], heads=size["text"])
+    return [*vision_products(size["vision"], images), *decoder_products(size["student"], sparse=True, learns=True, **shape),
+            *decoder_products(size["teacher"], **shape)]
+
+
+def prompt_products(size: dict, sparse: bool) -> list[tuple]:
+    vision, rows = size["vision"], size["rows"]
+    return [*vision_products(vision, rows),
+            *decoder_products(size["student"], vision, rows, vision.patches + size["text"], heads=1, sparse=sparse)]
+
+
+def must_hold(stage: str, args: argparse.Namespace, dtype: str) -> float:
+    """Bytes of both models' weights, the gradients and Adam's averages, counted: what the step needs however it is done."""
+    config = Config(train.DEFAULTS | dict(stage=stage, student=f"{args.folder}/student", teacher=f"{args.folder}/teacher",
+                                          dtype=dtype))
+    items = plan.memory(*plan.build(config), config, 1, plan.Batch.of(config, 1, 1, 1))
+    return sum(items[name] for name in ("weights that learn, fp32", "frozen weights", "teacher", "gradients, fp32",
+                                        "Adam's averages, fp32"))
 
 
 def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
@@ -531,6 +557,8 @@ def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             for what, name in [("total", "memory, all included"), ("above", "memory above weights and optimizer")]:
                 yield row(stage, name, "B", memory["ours"][what], memory[best][what] if best else None,
                           f"transformers, {best}", smaller)
+            yield row(stage, "weights, gradients and Adam, counted", "B", must_hold(stage, args, size["dtype"]),
+                      memory[best]["total"] if best else None, f"transformers, {best}")
 
 
 # -----------------------------------------------------------------------------
@@ -546,11 +574,12 @@ def bench_generate(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             del llava
             for dtype, kind in [(torch.float32, "fp32"), (torch.bfloat16, "bf16")]:
                 case = f"{'E4T2' if sparse else 'dense'} {kind}, {ids.shape[0]} x ({ids.shape[1]} + {new})"
-                yield from compare_generation(case, folder, dtype, ids, batch["pixel_values"].to(dtype), new, args)
+                products, _ = bare_products(prompt_products(size, sparse), dtype, args.device)
+                yield from compare_generation(case, folder, dtype, ids, batch["pixel_values"].to(dtype), new, products, args)
 
 
 def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Tensor, pixels: torch.Tensor, new: int,
-                       args: argparse.Namespace) -> Iterator[dict]:
+                       products: Callable, args: argparse.Namespace) -> Iterator[dict]:
     ours = Llava.from_pretrained(folder, dtype, args.device).eval()
     runs = {("ours", n): partial(ours.generate, ids, pixels, max_new_tokens=n) for n in (1, new)}
     answer = runs["ours", new]()                                     # (B, new)
@@ -574,7 +603,8 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Te
         behind = (logits.amax(-1) - logits.gather(-1, answer[..., None])[..., 0]) / logits.std(-1)
         yield row(case, "our tokens' logits below transformers' best", "std", behind.max().item(), target="<= 0.1")
 
-    seconds = take_turns(runs, args)
+    products()
+    seconds = take_turns(runs | {"products": products}, args)
     best, B = fastest({side: seconds[side, new] for side in implementations}), len(ids)
     speeds = {
         "tokens per second": lambda side: [B * new / s for s in seconds[side, new]],
@@ -584,15 +614,16 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Te
     for measure, of in speeds.items():
         yield row(case, measure, "/s", of("ours"), of(best) if best else None, f"transformers, {best}",
                   ">= 2" if measure == "tokens per second" else "")
+    yield row(case, "prompt and first token", "/s", speeds["prompt and first token"]("ours"),
+              [B / s for s in seconds["products"]], "bare matrix products")
 
 
 # -----------------------------------------------------------------------------
-# data: pixels, padding, the index
+# data: pixels, padding
 
 def bench_data(size: dict, args: argparse.Namespace) -> Iterator[dict]:
     yield from compare_pixels(size, args)
     yield from measure_padding(size)
-    yield from measure_index(size, args)
 
 
 def compare_pixels(size: dict, args: argparse.Namespace) -> Iterator[dict]:
@@ -654,50 +685,6 @@ def measure_padding(size: dict) -> Iterator[dict]:
         yield row(f"micro-batch {micro}", "padding with rows in random order", "", share["random"])
 
 
-def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE, as Qwen's is, with the little that random words can teach it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=[data.IMAGE, "<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(random_texts(1000), trainer)
-    return tokenizer
-
-
-def random_texts(n: int) -> list[str]:
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(1, 9))) for _ in range(500)]
-    return [" ".join(rng.choice(words, 100)) for _ in range(n)]
-
-
-def index_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Callable:
-    """What happens at every start of a run: open the index that a file has already, or read the whole file."""
-    path, tokenizer = f"{args.folder}/rows.json", make_tokenizer()
-
-    def ours() -> data.InstructionData:
-        return data.InstructionData([(path, 1.0)], args.folder, tokenizer, "vicuna", 576, 336, 2048)
-
-    return ours if side == "ours" else lambda: json.loads(Path(path).read_text())
-
-
-def measure_index(size: dict, args: argparse.Namespace) -> Iterator[dict]:
-    case = f"{size['rows']:,} rows of 100 words"
-    with tempfile.TemporaryDirectory() as args.folder:
-        rows = [{"id": str(i), "conversations": [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": text}]}
-                for i, text in enumerate(random_texts(size["rows"]))]
-        Path(args.folder, "rows.json").write_text(json.dumps(rows))
-        runs = {side: index_case(case, side, size, args) for side in ("ours", "json.load")}
-        began = time.perf_counter()
-        dataset = runs["ours"]()
-        yield row(case, "indexing, once", "rows/s", size["rows"] / (time.perf_counter() - began))
-        assert runs["json.load"]() == rows and len(dataset) == len(rows)
-        del rows, dataset
-        seconds = take_turns(runs, args)
-        yield row(case, "start-up", "s", seconds["ours"], seconds["json.load"], "json.load")
-        ours, whole = (peak_memory("data", case, side, args)["above"] for side in runs)
-        yield row(case, "memory of the rows", "B", ours, whole, "json.load")
-
-
 # -----------------------------------------------------------------------------
 # cache: a d2s step with the teacher's kept answers, and what is lost by keeping k of them
 
@@ -756,7 +743,7 @@ def loss_gap(dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict]:
 # -----------------------------------------------------------------------------
 
 # What is measured in a process of its own
-CASES = {"loss": loss_case, "step": step_case, "data": index_case, "cache": cache_case}
+CASES = {"loss": loss_case, "step": step_case, "cache": cache_case}
 SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "generate": bench_generate, "data": bench_data,
             "cache": bench_cache}
 
@@ -778,7 +765,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure_memory(args.sections[0], case, side, args)))
         return
 
-    packages = ["torch", "numpy", "pillow", "tokenizers"] + ["transformers"] * HAS_TRANSFORMERS
+    packages = ["torch", "numpy", "pillow"] + ["transformers"] * HAS_TRANSFORMERS
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     info = Path("/proc/cpuinfo")
     cpu = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else platform.machine()

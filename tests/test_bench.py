@@ -101,6 +101,18 @@ def test_the_products_listed_are_those_that_run(stage, images, args):
     assert listed + 3 * 2 * tokens * D * E == counted
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_products_listed_for_a_prompt_are_those_that_run(sparse):
+    size = bench.QUICK["generate"]
+    llava, batch = bench.make_llava(size["student"], size["vision"], 0, sparse, "cpu"), bench.make_batch(size, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        llava.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=1)
+    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    routers = sparse * 2 * batch["input_ids"].numel() * size["student"].n_embd * 4
+    _, listed = bench.bare_products(bench.prompt_products(size, sparse), torch.float32, "cpu")
+    assert listed + routers == counted
+
+
 def test_ratios_are_taken_round_by_round_and_a_missed_target_says_so():
     missed = bench.row("case", "time", "s", [1.0, 4.0, 3.0], [1.0, 2.0, 2.0], "peer", "<= 1.2")
     assert missed["each"] == [1.0, 2.0, 1.5] and missed["value"] == 1.5 and missed["met"] is False

@@ -77,7 +77,7 @@ QUICK = {
     "moe": dict(tokens=48, width=32, ffn=64),
     "step": dict(student=small, teacher=replace(small, n_embd=48, ffn=64, tied=False), vision=small_vision,
                  rows=2, text=6, dtype="float32"),
-    "generate": dict(student=small, vision=small_vision, rows=3, text=5, new=6),
+    "generate": dict(student=small, vision=small_vision, rows=3, text=6, new=6),
     "data": dict(images=6, side=56, rows=2_000),
 }
 QUICK["cache"] = QUICK["step"]

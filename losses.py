@@ -9,8 +9,8 @@ Nothing here is reduced: token losses return one value per response token (N,), 
 sums them and divides by the number of response tokens, or of pairs, in the *global* batch, over all micro-batches and
 ranks. A mean of means would be another objective whenever lengths differ.
 
-Everything is computed in log space, and in fp32 whatever the logits come in. S is the student (the policy), T the teacher (the reference model).
-Shapes: N response tokens, V vocabulary, B pairs.
+Everything is computed in log space, and in fp32 whatever the logits come in. S is the student (the policy), T the teacher
+(the reference model). Shapes: N response tokens, V vocabulary, B pairs.
 """
 from collections.abc import Callable
 

@@ -70,8 +70,8 @@ def forward_kl_top_k(student_logits: torch.Tensor, top_ids: torch.Tensor, top_lo
 # Per token, but never all tokens at once. V is 151,936: the logits of a batch, and the softmax, the gradient and the
 # teacher's copies of each of them, are by far the largest tensors of a step. They need not exist.
 
-# How many tokens at a time: few enough that their softmax stays small, enough that the matrix product is not starved.
-CHUNK = {"cpu": 48, "cuda": 256}
+CHUNK = {"cpu": 48, "cuda": 256}    # tokens whose softmax exists at a time: in fp32, and several times over
+PER_PRODUCT = 4     # chunks that go through the head together, in bf16: a matrix product of few tokens is a slow one
 
 
 def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.Tensor, slice], tuple],
@@ -88,8 +88,12 @@ def by_chunks(hidden: torch.Tensor, weight: torch.Tensor, loss: Callable[[torch.
     return ChunkedLoss.apply(hidden, weight, loss, chunk or CHUNK[hidden.device.type])
 
 
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
 class ChunkedLoss(torch.autograd.Function):
-    """`by_chunks`. Each chunk's gradient is taken at once, while its logits are there; the backward only scales it."""
+    """`by_chunks`. Gradients are taken at once, while the logits are there; the backward only scales them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, loss, chunk):
@@ -104,20 +108,22 @@ class ChunkedLoss(torch.autograd.Function):
                        if ctx.needs_input_grad[1] else None)
         learns = any(ctx.needs_input_grad)
         with torch.autocast(device, enabled=False), torch.set_grad_enabled(learns):
-            for start in range(0, len(x), chunk):
-                part = slice(start, min(start + chunk, len(x)))
-                logits = through_head(x[part], w).requires_grad_(learns)       # (n, V)
-                value, reported = loss(logits, part)
-                values.append(value.detach())
-                terms.append(torch.stack(reported).detach())
-                if learns:
-                    grad_logits, = torch.autograd.grad(value.sum(), logits)                      # (n, V)
-                    if grad_hidden is not None:
-                        grad_hidden[part] = back_through_head(grad_logits, w)
-                    if grad_weight is not None:
-                        add_to_head(grad_weight, grad_logits, x[part])
-                    del grad_logits
-                del logits, value, reported                                    # before the next chunk's are made
+            for group in slices(0, len(x), PER_PRODUCT * chunk):
+                logits = through_head(x[group], w)                                               # (g, V), in bf16
+                for part in slices(group.start, group.stop, chunk):
+                    place = logits[part.start - group.start:part.stop - group.start]             # (n, V)
+                    leaf = place.detach().requires_grad_(learns)
+                    value, reported = loss(leaf, part)
+                    values.append(value.detach())
+                    terms.append(torch.stack(reported).detach())
+                    if learns:
+                        place.copy_(*torch.autograd.grad(value.sum(), leaf))     # the logits make way for their gradient
+                    del leaf, value, reported                                    # nothing of them beside the next chunk
+                if grad_hidden is not None:
+                    grad_hidden[group] = back_through_head(logits, w)
+                if grad_weight is not None:
+                    add_to_head(grad_weight, logits, x[group])
+                del logits, place
         ctx.grad_hidden, ctx.grad_weight, ctx.dtypes = grad_hidden, grad_weight, (hidden.dtype, weight.dtype)
         values, terms = torch.cat(values), torch.cat(terms, dim=1)
         ctx.mark_non_differentiable(terms)
@@ -137,9 +143,9 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-# A head that learns is kept in fp32. Its products go by blocks of its rows, so that neither its copy in bf16 nor one
-# chunk's share of its gradient ever exists as a whole. The casts are made anew for each chunk, and cost little beside the
-# products: a block is cast and used while it is still in a cache.
+# A head that learns is kept in fp32. Its products go by blocks of its rows, so that neither its copy in bf16 nor what one
+# product adds to its gradient ever exists as a whole. The casts are made anew each time, and cost little beside the
+# products: a block is used while it is still in a cache.
 ROWS = {"cpu": 2048, "cuda": 32768}
 
 
@@ -147,7 +153,10 @@ def through_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T in the dtype of x: (n, D), (V, D) -> (n, V)."""
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
-    return torch.cat([F.linear(x, block.to(x.dtype)) for block in weight.split(ROWS[x.device.type])], dim=1)
+    logits, rows = x.new_empty(len(x), len(weight)), ROWS[x.device.type]
+    for columns, block in zip(logits.split(rows, dim=1), weight.split(rows)):
+        columns.copy_(F.linear(x, block.to(x.dtype)))
+    return logits
 
 
 def back_through_head(grad_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

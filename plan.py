@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from configurator import Config, load_config
-from losses import CHUNK
+from losses import CHUNK, PER_PRODUCT
 from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, describe_llava,
                    describe_parts, grow_vocabulary)
 from moe import SparseFFN
@@ -238,14 +238,15 @@ def ffn_wide(ffn: FFN, half: int) -> int:
 
 
 def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batch, half: int) -> float:
-    """Both models' logits and what is made of them, CHUNK["cuda"] tokens at a time."""
+    """Some tokens' logits, later their gradients, and for CHUNK["cuda"] of them what the loss makes of them."""
     head = student.decoder.head_weight
     V, D = head.shape
     work = half * batch.learned * 2 * D                              # what the head reads, and its gradient
-    per_logit = 16 if config.stage == "pd" else 14                   # in bf16, log-softmax, its gradients
+    per_logit = 14 if config.stage == "pd" else 12                   # log-softmax, its gradients
     if teacher is not None and config.stage != "pd":
         work += half * batch.learned * teacher.config.text.n_embd
-        per_logit = 28                                               # again for the KL; the teacher's; their product
+        per_logit = 26                                               # again for the KL; the teacher's; their product
+    work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.learned)
     work += V * per_logit * min(CHUNK["cuda"], batch.learned)
     return work + 4 * V * D * head.requires_grad                     # the head's gradient so far
 

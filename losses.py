@@ -114,7 +114,7 @@ class ChunkedLoss(torch.autograd.Function):
                     place = logits[part.start - group.start:part.stop - group.start]             # (n, V)
                     leaf = place.detach().requires_grad_(learns)
                     value, reported = loss(leaf, part)
-                    values.append(value.detach())
+                    values.append(value.detach().clone())                        # its own memory, should it be a view
                     terms.append(torch.stack(reported).detach())
                     if learns:
                         place.copy_(*torch.autograd.grad(value.sum(), leaf))     # the logits make way for their gradient
@@ -123,7 +123,7 @@ class ChunkedLoss(torch.autograd.Function):
                     grad_hidden[group] = back_through_head(logits, w)
                 if grad_weight is not None:
                     add_to_head(grad_weight, logits, x[group])
-                del logits, place
+                del logits, place                                                # nor beside the next product
         ctx.grad_hidden, ctx.grad_weight, ctx.dtypes = grad_hidden, grad_weight, (hidden.dtype, weight.dtype)
         values, terms = torch.cat(values), torch.cat(terms, dim=1)
         ctx.mark_non_differentiable(terms)

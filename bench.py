@@ -491,7 +491,7 @@ def vision_products(vision: VisionConfig, images: int) -> list[tuple]:
 
 def decoder_products(text: DecoderConfig, vision: VisionConfig, rows: int, tokens: int, heads: int, sparse: bool = False,
                      learns: bool = False) -> list[tuple]:
-    """The same of adaptor and decoder, `tokens` positions a row, the head at `heads` of them. Not the routers' products.
+    """The same of adaptor and decoder, `tokens` positions a row, the head at `heads` of them. Without the routers' few.
 
     If it learns (d2s), the experts and the adaptor do; the gradient of the latter passes through all that is frozen.
     """

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -482,58 +483,38 @@ def step_case(case: str, side: str, size: dict, args: argparse.Namespace) -> Cal
     return our_step(case, size, args) if side == "ours" else partial(their_step(case, size, args), side)
 
 
-def vision_products(vision: VisionConfig, images: int) -> list[tuple]:
-    """Every product with a weight of a pass through the ViT, as `bare_products` takes them."""
-    P, Dv, seen, run = vision.patches, vision.n_embd, images * (vision.patches + 1), vision.n_layer + 1 + vision.feature_layer
-    return [(1, images * P, 3 * vision.patch_size ** 2, Dv, "f"), (4 * run, seen, Dv, Dv, "f"),
-            (run, seen, Dv, vision.ffn, "f"), (run, seen, vision.ffn, Dv, "f")]
+def weight_products(llava: Llava, batch: plan.Batch) -> list[tuple]:
+    """Every product with a weight of a pass, and of its backward where weights learn, as `bare_products` takes them.
 
-
-def decoder_products(text: DecoderConfig, vision: VisionConfig, rows: int, tokens: int, heads: int, sparse: bool = False,
-                     learns: bool = False) -> list[tuple]:
-    """The same of adaptor and decoder, `tokens` positions a row, the head at `heads` of them. Without the routers' few.
-
-    If it learns (d2s), the experts and the adaptor do; the gradient of the latter passes through all that is frozen.
+    Without the routers' few. Attention's own products are left out, too.
     """
-    D, n, through = text.n_embd, text.n_layer, "fx" if learns else "f"
-    images, positions = rows * vision.patches, rows * tokens
-    n_sparse = (n + 1) // 2 if sparse else 0                         # every other layer has 4 experts, 2 for each token
-    layers = [(1, images, vision.n_embd, D, "fw" if learns else "f"), (1, images, D, D, "fxw" if learns else "f"),
-              (2 * n, positions, D, D, through), (2 * n, positions, D, D // text.n_head * text.n_kv_head, through),
-              (1, rows * heads, D, text.vocab_size, through)]
-    for D_in, D_out, matrices in [(D, text.ffn, 2), (text.ffn, D, 1)]:
-        layers += [(matrices * (n - n_sparse), positions, D_in, D_out, through),
-                   (matrices * n_sparse * 4, positions // 2, D_in, D_out, "fxw" if learns else "f")]
-    return layers
+    layers, upstream = Counter(), False                              # does anything before this matrix learn?
+    for name, _, p, vectors in plan.products(llava, batch):
+        if vectors and ".router." not in name:
+            layers[int(vectors), p[0].numel(), len(p), "f" + "x" * upstream + "w" * p.requires_grad] += 1
+        upstream = upstream or p.requires_grad
+    return [(count, *layer) for layer, count in layers.items()]
 
 
-def step_products(size: dict, images: int) -> list[tuple]:
-    shape = dict(vision=size["vision"], rows=size["rows"], tokens=size["vision"].patches + size["text"], heads=size["text"])
-    return [*vision_products(size["vision"], images), *decoder_products(size["student"], sparse=True, learns=True, **shape),
-            *decoder_products(size["teacher"], **shape)]
-
-
-def prompt_products(size: dict, sparse: bool) -> list[tuple]:
-    vision, rows = size["vision"], size["rows"]
-    return [*vision_products(vision, rows),
-            *decoder_products(size["student"], vision, rows, vision.patches + size["text"], heads=1, sparse=sparse)]
-
-
-def must_hold(stage: str, args: argparse.Namespace, dtype: str) -> float:
-    """Bytes of both models' weights, the gradients and Adam's averages, counted: what the step needs however it is done."""
+def describe_step(stage: str, size: dict, args: argparse.Namespace) -> tuple[list[tuple], float]:
+    """The products of a step of ours, and the bytes of both models' weights, the gradients and Adam's averages: what the
+    step must hold however it is done."""
     config = Config(train.DEFAULTS | dict(stage=stage, student=f"{args.folder}/student", teacher=f"{args.folder}/teacher",
-                                          dtype=dtype))
-    items = plan.memory(*plan.build(config), config, 1, plan.Batch.of(config, 1, 1, 1))
-    return sum(items[name] for name in ("weights that learn, fp32", "frozen weights", "teacher", "gradients, fp32",
-                                        "Adam's averages, fp32"))
+                                          dtype=size["dtype"]))
+    student, teacher = plan.build(config)
+    items = size["rows"] // 2 if stage == "pd" else size["rows"]
+    batch = plan.Batch.of(config, items, size["vision"].patches + size["text"], size["text"])
+    memory = plan.memory(student, teacher, config, 1, batch)
+    held = sum(memory[name] for name in ("weights that learn, fp32", "frozen weights", "teacher", "gradients, fp32",
+                                         "Adam's averages, fp32"))
+    return weight_products(student, batch) + weight_products(teacher, batch._replace(images=0)), held    # one ViT for both
 
 
 def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
     dtype = getattr(torch, size["dtype"])
     with tempfile.TemporaryDirectory() as args.folder:
         save_pair(size, args)
-        for stage, images, faster, smaller, share in [("d2s", size["rows"], ">= 2.2", "<= 0.5", ">= 0.6"),
-                                                      ("pd", size["rows"] // 2, "", "", "")]:
+        for stage, faster, smaller, share in [("d2s", ">= 2.2", "<= 0.5", ">= 0.6"), ("pd", "", "", "")]:
             implementations = EXPERTS * HAS_TRANSFORMERS
             runs = {"ours": our_step(stage, size, args)}
             if HAS_TRANSFORMERS:
@@ -544,7 +525,8 @@ def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             for side in implementations:
                 yield row(stage, f"largest relative difference, {side}", "",
                           largest_difference(results["ours"], results[side]), target="<= 0.05")
-            runs["products"], flops = bare_products(step_products(size, images), dtype, args.device)
+            layers, held = describe_step(stage, size, args)
+            runs["products"], flops = bare_products(layers, dtype, args.device)
             runs["products"]()
             seconds = take_turns(runs, args)
             del runs, results
@@ -557,7 +539,7 @@ def bench_step(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             for what, name in [("total", "memory, all included"), ("above", "memory above weights and optimizer")]:
                 yield row(stage, name, "B", memory["ours"][what], memory[best][what] if best else None,
                           f"transformers, {best}", smaller)
-            yield row(stage, "weights, gradients and Adam, counted", "B", must_hold(stage, args, size["dtype"]),
+            yield row(stage, "weights, gradients and Adam, counted", "B", held,
                       memory[best]["total"] if best else None, f"transformers, {best}")
 
 
@@ -574,13 +556,17 @@ def bench_generate(size: dict, args: argparse.Namespace) -> Iterator[dict]:
             del llava
             for dtype, kind in [(torch.float32, "fp32"), (torch.bfloat16, "bf16")]:
                 case = f"{'E4T2' if sparse else 'dense'} {kind}, {ids.shape[0]} x ({ids.shape[1]} + {new})"
-                products, _ = bare_products(prompt_products(size, sparse), dtype, args.device)
-                yield from compare_generation(case, folder, dtype, ids, batch["pixel_values"].to(dtype), new, products, args)
+                yield from compare_generation(case, folder, dtype, ids, batch["pixel_values"].to(dtype), new, args)
+
+
+def prompt_products(llava: Llava, ids: torch.Tensor) -> list[tuple]:
+    rows, tokens = ids.shape
+    return weight_products(llava, plan.Batch(rows, tokens, learned=rows, images=rows))       # the head at the last of them
 
 
 def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Tensor, pixels: torch.Tensor, new: int,
-                       products: Callable, args: argparse.Namespace) -> Iterator[dict]:
-    ours = Llava.from_pretrained(folder, dtype, args.device).eval()
+                       args: argparse.Namespace) -> Iterator[dict]:
+    ours = Llava.from_pretrained(folder, dtype, args.device).requires_grad_(False).eval()
     runs = {("ours", n): partial(ours.generate, ids, pixels, max_new_tokens=n) for n in (1, new)}
     answer = runs["ours", new]()                                     # (B, new)
     implementations = (EXPERTS if ours.config.text.num_experts else ["eager"]) * HAS_TRANSFORMERS
@@ -603,6 +589,7 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Te
         behind = (logits.amax(-1) - logits.gather(-1, answer[..., None])[..., 0]) / logits.std(-1)
         yield row(case, "our tokens' logits below transformers' best", "std", behind.max().item(), target="<= 0.1")
 
+    products, _ = bare_products(prompt_products(ours, ids), dtype, args.device)
     products()
     seconds = take_turns(runs | {"products": products}, args)
     best, B = fastest({side: seconds[side, new] for side in implementations}), len(ids)

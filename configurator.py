@@ -1,24 +1,73 @@
 """
 Settings from files and flags: `python train.py config/tiny/d2s.py --max_steps=20`.
 
-A script states its defaults as one flat dict. A config file is plain Python that assigns to some of those keys, and a
+A program states its defaults as one flat dict. A config file is plain Python that assigns to some of those keys, and a
 flag assigns to one; whatever comes later wins:
 
-    defaults  <  config files, in order  <  --key=value flags, in order     (--key alone turns a True/False key on)
+    defaults  <  config files, in order  <  --key=value flags, in order     (--key alone sets a True/False key to True)
 
 The default's type is the key's type. A mistyped key or value stops the run before it starts, instead of training for
-a day with a default that nobody wanted. In a config file, names that start with _ and imported modules are its own.
+a day with the default. In a config file, names that start with _ and imported modules are the file's own.
+
+Also here, since every program needs it: what happens when the user made a mistake (`UserError`, `run`).
 """
 import difflib
+import json
+import math
+import sys
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 
 
-class ConfigError(ValueError):
-    """The user's settings are wrong; one line says which file or flag, what was found and what was expected."""
+class UserError(ValueError):
+    """
+    A mistake that the user can mend. The message is one line: which file, row, key or flag; what was found; what was
+    expected or what to do. `run` prints it without a traceback.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))             # whatever was found may hold several
+        super().__init__(" ".join(message.split()))                  # values quoted from a file may hold line breaks
+
+
+class Stopped(Exception):
+    """A run that ended early in good order, with the process's exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def expected(where: object, found: object, wanted: str) -> UserError:
+    """The most frequent UserError: "WHERE: found FOUND, expected WANTED"."""
+    return UserError(f"{where}: found {shorten(found)}, expected {wanted}")
+
+
+def shorten(value: object) -> str:
+    """A value as JSON, cut to what fits a one-line message."""
+    try:
+        text = json.dumps(value, default=repr, ensure_ascii=False)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested hundreds of levels deep"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
+    """Run a program's main(argv). A UserError ends the process with one line on stderr and exit code 2."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(doc.strip(), "\n\nSettings and their defaults:\n", *(f"  --{key}={value}\n" for key, value in defaults.items()))
+        sys.exit(0)
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as reason:
+        print(reason, file=sys.stderr)
+        sys.exit(reason.exit_code)
 
 
 class Config(dict):
@@ -37,7 +86,7 @@ def load_config(defaults: dict, argv: list[str]) -> Config:
     for arg in argv:
         if not arg.startswith("-"):
             if flags_began:
-                raise ConfigError(f"{arg}: config files come before flags (a flag is written --key=value)")
+                raise UserError(f"{arg}: config files come before flags (a flag is written --key=value)")
             for key, value in run_config_file(arg).items():
                 check_known(key, defaults, arg)
                 config[key] = check_type(value, defaults[key], f"{arg}: {key}")
@@ -50,7 +99,7 @@ def load_config(defaults: dict, argv: list[str]) -> Config:
         if isinstance(defaults[key], bool) and not equals:           # --dry_run means --dry_run=True
             equals, text = "=", "True"
         if flag != f"--{key}" or not equals:
-            raise ConfigError(f"{arg}: write --{key}=value")
+            raise UserError(f"{arg}: write --{key}=value")
         config[key] = check_type(parse(text, defaults[key]), defaults[key], flag)
     return config
 
@@ -62,14 +111,14 @@ def run_config_file(path):
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), names)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read as a config file ({error.strerror}); "
+        raise UserError(f"{path}: cannot be read as a config file ({error.strerror}); "
                           "check the path (a setting is written --key=value)") from None
     except SyntaxError as error:
-        raise ConfigError(f"{path} line {error.lineno}: syntax error, {error.msg}") from None
+        raise UserError(f"{path} line {error.lineno}: syntax error, {error.msg}") from None
     except Exception as error:  # a program can fail in any way; we blame the last of its own lines that ran
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         place = f"{path} line {lines[-1]}" if lines else path
-        raise ConfigError(f"{place}: {type(error).__name__}, {' '.join(str(error).split())}") from None
+        raise UserError(f"{place}: {type(error).__name__}, {' '.join(str(error).split())}") from None
     return {key: value for key, value in names.items() if key[0] != "_" and not isinstance(value, ModuleType)}
 
 
@@ -77,7 +126,7 @@ def check_known(key, defaults, where):
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(defaults)}"
-        raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+        raise UserError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def parse(text, default):
@@ -102,5 +151,23 @@ def check_type(value, default, where):
         fits, value = True, float(value)
     if not fits:
         choices = " (True or False)" if expected == "bool" else ""
-        raise ConfigError(f"{where}: found {type(value).__name__} {value!r}, expected {expected}{choices}")
+        raise UserError(f"{where}: found {type(value).__name__} {value!r}, expected {expected}{choices}")
     return value
+
+
+# Intervals for `check_values`: the name that a message uses, and the test.
+POSITIVE = ("a positive number", lambda x: 0 < x < math.inf)
+NON_NEGATIVE = ("a non-negative number", lambda x: 0 <= x < math.inf)
+FRACTION = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
+BELOW_ONE = ("a number from 0 to below 1", lambda x: 0 <= x < 1)
+
+
+def check_values(config: Config, allowed: dict[str, list | tuple]) -> None:
+    """Raise a UserError for the first key whose value is not allowed: a list of choices, or one of the intervals above."""
+    for key, rule in allowed.items():
+        if isinstance(rule, list):
+            wanted, fits = "one of " + ", ".join(str(choice) for choice in rule if choice != ""), config[key] in rule
+        else:
+            wanted, fits = rule[0], rule[1](config[key])
+        if not fits:
+            raise UserError(f"{key} is {config[key]!r}, expected {wanted}")

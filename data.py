@@ -43,9 +43,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
+from configurator import UserError, shorten
 
-class DataError(ValueError):
-    """The user's data is wrong; one line says which file and row, what was found there and what to do."""
+
 
 # --------------------------------------------------------------------------------------------------------------
 # 1. Conversations to ids and mask
@@ -89,7 +89,7 @@ def render(conversations: list[dict], tokenizer: Tokenizer, template: str = "vic
     An empty answer is legal, and teaches the model to stop at once.
     """
     if template not in TEMPLATES:
-        raise DataError(f"unknown template {template!r}, expected one of {', '.join(TEMPLATES)}")
+        raise UserError(f"unknown template {template!r}, expected one of {', '.join(TEMPLATES)}")
     layout = TEMPLATES[template]
     check_turns(conversations)
 
@@ -106,28 +106,28 @@ def render(conversations: list[dict], tokenizer: Tokenizer, template: str = "vic
 
     for token in [IMAGE, layout["end"]]:
         if token in text and tokenizer.token_to_id(token) is None:
-            raise DataError(f"the tokenizer does not know {token}, which the {template} conversation needs; "
+            raise UserError(f"the tokenizer does not know {token}, which the {template} conversation needs; "
                             "take the tokenizer of a LLaVA checkpoint with that template")
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        raise DataError("the text holds a lone surrogate (\\ud800 to \\udfff), not a character; remove it") from None
+        raise UserError("the text holds a lone surrogate (\\ud800 to \\udfff), not a character; remove it") from None
     return encoding.ids, [learned[start] for start, _ in encoding.offsets]
 
 
 def check_turns(conversations):
     """Turns are {"from", "value"} and alternate, human first; images stand in what the human says."""
     if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"found {shorten(conversations)} as a conversation, expected a list of at least one turn")
+        raise UserError(f"found {shorten(conversations)} as a conversation, expected a list of at least one turn")
     for i, turn in enumerate(conversations):
         expected = ["human", "gpt"][i % 2]
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise DataError(f'turn {i} is {shorten(turn)}, expected {{"from": "{expected}", "value": "some text"}}')
+            raise UserError(f'turn {i} is {shorten(turn)}, expected {{"from": "{expected}", "value": "some text"}}')
         if turn.get("from") != expected:
-            raise DataError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{expected}\": "
+            raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{expected}\": "
                             "turns alternate human, gpt, human, ...")
         if expected == "gpt" and IMAGE in turn["value"]:
-            raise DataError(f"turn {i} is an answer and holds {IMAGE}; images can only stand in questions")
+            raise UserError(f"turn {i} is an answer and holds {IMAGE}; images can only stand in questions")
 
 
 def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
@@ -139,15 +139,6 @@ def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
         text = f"{IMAGE}×{len(run)}" if is_image else tokenizer.decode(run, skip_special_tokens=False)
         print(f"\033[32m{text}\033[0m" if is_learned else text, end="")
     print()
-
-
-def shorten(value):
-    """A found value as JSON, short enough for a one-line message."""
-    try:
-        text = json.dumps(value, default=repr)
-    except RecursionError:
-        text = f"a {type(value).__name__} of hundreds of levels"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 # --------------------------------------------------------------------------------------------------------------
 # 2. Images to pixels
@@ -197,10 +188,10 @@ def load_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return to_rgb(image)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
+        raise UserError(f"{path}: no such image file") from None
     except Exception as error:  # broken bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"{path}: not a readable image ({reason}); replace the file") from None
+        raise UserError(f"{path}: not a readable image ({reason}); replace the file") from None
 
 # --------------------------------------------------------------------------------------------------------------
 # 3. Files to rows
@@ -223,7 +214,7 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
             except ValueError:
                 weight = math.nan
             if not path.endswith((".json", ".jsonl")) or not 0 < weight < math.inf:
-                raise DataError(f"data: found {item!r}, expected FILE.json, FILE.jsonl or FILE.json:WEIGHT "
+                raise UserError(f"data: found {item!r}, expected FILE.json, FILE.jsonl or FILE.json:WEIGHT "
                                 "with a weight above 0; separate several by commas")
         sources.append((path, weight))
     return sources
@@ -243,7 +234,7 @@ def read_rows(path: str) -> Iterator[tuple[int, int, object]]:
     try:
         with open(path, "rb") as file:
             if file.read(3) == codecs.BOM_UTF8:
-                raise DataError(f"{path} line 1: malformed JSON, a byte order mark; save the file as UTF-8 without one")
+                raise UserError(f"{path} line 1: malformed JSON, a byte order mark; save the file as UTF-8 without one")
             file.seek(0)
             yield from (read_lines if path.endswith(".jsonl") else read_list)(path, file)
     except OSError as error:
@@ -251,7 +242,7 @@ def read_rows(path: str) -> Iterator[tuple[int, int, object]]:
 
 
 def unreadable(path, error):
-    return DataError(f"{path}: cannot be read ({error.strerror}); check the path")
+    return UserError(f"{path}: cannot be read ({error.strerror}); check the path")
 
 
 def read_lines(path, file):
@@ -271,7 +262,7 @@ def read_list(path, file):
     if window.peek() != "[":
         _, _, value = window.take()
         if not window.peek():
-            raise DataError(f"{path}: found {shorten(value)}, expected a list of rows")
+            raise UserError(f"{path}: found {shorten(value)}, expected a list of rows")
         window.fail("Extra data", window.at, hint="; one object per line? then name the file .jsonl")
     window.at += 1
     mark = window.peek()
@@ -345,7 +336,7 @@ class Window:
 
     def fail(self, found, at, hint=""):
         line, column = self.place(at)
-        raise DataError(f"{self.path} line {line + 1}: malformed JSON, {found} at column {column + 1}{hint}") from None
+        raise UserError(f"{self.path} line {line + 1}: malformed JSON, {found} at column {column + 1}{hint}") from None
 
 # --------------------------------------------------------------------------------------------------------------
 # 4. The index of a file
@@ -394,11 +385,11 @@ def build_index(path, index, about, measure):
         open(temporary, "x").close()  # if this is impossible, say so now and not after the last row
         columns, about["sha256"] = measure_rows(path, measure)
         if not stamp(path).items() <= about.items():
-            raise DataError(f"{path}: changed while it was being indexed; start again when it is complete")
+            raise UserError(f"{path}: changed while it was being indexed; start again when it is complete")
         save_file(columns, temporary, {**about, "seal": seal(columns, about)})
         os.replace(temporary, index)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: no index can be written beside it ({getattr(error, 'strerror', error)}); "
+        raise UserError(f"{path}: no index can be written beside it ({getattr(error, 'strerror', error)}); "
                         "make the folder writable, or copy the file into one that is") from None
     finally:
         if os.path.exists(temporary):
@@ -413,8 +404,8 @@ def measure_rows(path, measure):
     for number, (offset, length, raw) in enumerate(read_rows(path)):
         try:
             tokens, need = measure(raw, seen)
-        except DataError as error:
-            raise DataError(f"{name_row(path, number, raw)}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{name_row(path, number, raw)}: {error}") from None
         for column, value in zip(columns.values(), [offset, length, tokens, need]):
             column.append(value)
         if time.time() - told > 5:
@@ -457,7 +448,7 @@ def image_names(value):
     names = [] if value is None else value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str):
-            raise DataError(f'"image" is {shorten(value)}, expected a file name or a list of file names')
+            raise UserError(f'"image" is {shorten(value)}, expected a file name or a list of file names')
     return names
 
 
@@ -469,7 +460,7 @@ class RowData(torch.utils.data.Dataset):
     An instruction row is one conversation, a preference row is two about the same images. A subclass says how to
     get them out of a raw row (`parse`), what a row needs of max_length (`need`), and what a sample is.
 
-    A row that is *wrong* stops everything with a DataError that names it. A row that is right but unusable, too
+    A row that is *wrong* stops everything with a UserError that names it. A row that is right but unusable, too
     long or without anything to learn, is cut or dropped, and counted: print `notes`, one line for each such group.
 
     lengths      tokens of each row kept, image tokens included; for a pair, of its longer side
@@ -507,7 +498,7 @@ class RowData(torch.utils.data.Dataset):
                               f"(first: {self.name(rows, np.argmax(silent))})")
         if not usable.any():
             found = "; ".join(self.notes) or "the files are empty"
-            raise DataError(f"{', '.join(self.paths)}: no row left to train on: {found}")
+            raise UserError(f"{', '.join(self.paths)}: no row left to train on: {found}")
 
         self.rows = {name: rows[name][usable] for name in ["file", "number", "offset", "size"]}
         self.lengths = np.minimum(rows["tokens"][usable], max_length, dtype=np.int32)
@@ -517,7 +508,7 @@ class RowData(torch.utils.data.Dataset):
     def measure(self, raw, seen):
         """Check everything about a raw row -> its `tokens` and `need` in the index."""
         if not isinstance(raw, dict):
-            raise DataError(f"found {shorten(raw)}, expected an object")
+            raise UserError(f"found {shorten(raw)}, expected an object")
         names, sides = self.parse(raw)
         tokens, needs = zip(*[self.measure_side(side) for side in sides])
         self.check_images(names, sides[0], seen)
@@ -544,12 +535,12 @@ class RowData(torch.utils.data.Dataset):
         """As many <image> as images, and every file there. Whether it can be decoded shows when it is used."""
         holes = sum(turn["value"].count(IMAGE) for turn in conversation)
         if holes != len(names):
-            raise DataError(f"{holes} {IMAGE} in the text but {len(names)} images in the row; "
+            raise UserError(f"{holes} {IMAGE} in the text but {len(names)} images in the row; "
                             f"each image needs its own {IMAGE}")
         for name in names:
             path = os.path.join(self.image_dir, name)
             if path not in seen and not os.path.isfile(path):
-                raise DataError(f"image {path!r} does not exist; check image_dir and the name")
+                raise UserError(f"image {path!r} does not exist; check image_dir and the name")
             seen.add(path)
 
     def read(self, rows, i):
@@ -563,11 +554,11 @@ class RowData(torch.utils.data.Dataset):
         except OSError as error:
             raise unreadable(path, error) from None
         if not is_the_indexed:
-            raise DataError(f"{path}: changed since it was indexed; start again")
+            raise UserError(f"{path}: changed since it was indexed; start again")
         try:
             return json.loads(text.decode())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} bytes {offset} to {offset + size}: not the row that was indexed here, {error}; "
+            raise UserError(f"{path} bytes {offset} to {offset + size}: not the row that was indexed here, {error}; "
                             "delete the index and start again") from None
 
     def name(self, rows, i):
@@ -581,8 +572,8 @@ class RowData(torch.utils.data.Dataset):
         names, sides = self.parse(self.read(self.rows, row))
         try:
             images = [load_image(os.path.join(self.image_dir, name)) for name in names]
-        except DataError as error:
-            raise DataError(f"{self.describe(row)}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{self.describe(row)}: {error}") from None
         sequences = [render(side, self.tokenizer, self.template, self.image_tokens) for side in sides]
         return self.sample(sequences, [transform_image(image, self.image_size) for image in images])
 
@@ -600,7 +591,7 @@ class InstructionData(RowData):
 
     def parse(self, raw):
         if "conversations" not in raw:
-            raise DataError(f'no "conversations", found the keys {shorten(sorted(raw))}')
+            raise UserError(f'no "conversations", found the keys {shorten(sorted(raw))}')
         return image_names(raw.get("image")), [raw["conversations"]]
 
     def sample(self, sequences, images):
@@ -621,20 +612,20 @@ class PreferenceData(RowData):
     def parse(self, raw):
         for key in ["chosen", "rejected"]:
             if key not in raw:
-                raise DataError(f'no "{key}", found the keys {shorten(sorted(raw))}')
+                raise UserError(f'no "{key}", found the keys {shorten(sorted(raw))}')
         chosen, rejected = raw["chosen"], raw["rejected"]
         if isinstance(chosen, str):  # RLAIF-V
             names = image_names(raw["image"] if "image" in raw else raw.get("image_path"))
             question = raw.get("question")
             if not isinstance(question, str):
-                raise DataError(f'"question" is {shorten(question)}, expected a text, as "chosen" is one')
+                raise UserError(f'"question" is {shorten(question)}, expected a text, as "chosen" is one')
             ask = {"from": "human", "value": f"{IMAGE}\n" * len(names) + question}
             return names, [[ask, {"from": "gpt", "value": answer}] for answer in (chosen, rejected)]
 
         check_turns(chosen)
         check_turns(rejected)
         if [turn["value"] for turn in chosen[0::2]] != [turn["value"] for turn in rejected[0::2]]:
-            raise DataError('the human turns of "chosen" and "rejected" differ; a pair answers one question twice')
+            raise UserError('the human turns of "chosen" and "rejected" differ; a pair answers one question twice')
         return image_names(raw.get("image")), [chosen, rejected]
 
     def sample(self, sequences, images):
@@ -696,19 +687,19 @@ class Sampler:
     rows of one batch are of similar length, which saves padding, while it stays random which rows meet. A batch has
     exactly batch_size rows; the few left over at the end of an epoch are dropped, other ones each time.
     """
-    STRETCH = 50  # batches sorted together: more means less padding and less chance
+    MEGABATCH = 50  # batches sorted together: more means less padding and less chance
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0,
                  sources: list[tuple[int, int, float]] | None = None):
         for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0)]:
             if value < least:
-                raise DataError(f"{name}={value}, expected at least {least}")
+                raise UserError(f"{name}={value}, expected at least {least}")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.sources = sources or [(0, len(lengths), 1.0)]
         rows_per_epoch = sum(round(weight * (stop - start)) for start, stop, weight in self.sources)
         self.steps_per_epoch = rows_per_epoch // batch_size
         if self.steps_per_epoch == 0:
-            raise DataError(f"an epoch has {rows_per_epoch} rows, fewer than batch_size={batch_size}; "
+            raise UserError(f"an epoch has {rows_per_epoch} rows, fewer than batch_size={batch_size}; "
                             "lower batch_size or give more data")
         self._epoch, self._batches = None, None  # the epoch worked out last
 
@@ -730,7 +721,7 @@ class Sampler:
                 left -= len(rows[-1])
         rows = rng.permutation(np.concatenate(rows))[:self.steps_per_epoch * self.batch_size]
 
-        stretch = self.STRETCH * self.batch_size
+        stretch = self.MEGABATCH * self.batch_size
         for i in range(0, len(rows), stretch):
             part = rows[i:i + stretch]
             rows[i:i + stretch] = part[np.argsort(self.lengths[part], kind="stable")]
@@ -745,7 +736,7 @@ class Sampler:
         """Check that this is the sampler whose state was saved; there is nothing else to restore."""
         for key, now in self.state_dict().items():
             if state.get(key) != now:
-                raise DataError(f"the interrupted run had {key}={state.get(key)}, this one has {key}={now}; "
+                raise UserError(f"the interrupted run had {key}={state.get(key)}, this one has {key}={now}; "
                                 "resume with the same data and settings, or start in a new out_dir")
 
 
@@ -757,10 +748,10 @@ def micro_batches(rows: list[int], micro_batch_size: int, rank: int = 0, world_s
     about the same length, and none waits long for the others. 2 ranks with passes of 2 rows own 0 0 1 1 0 0 1 1.
     """
     if micro_batch_size < 1:
-        raise DataError(f"micro_batch_size={micro_batch_size}, expected at least 1")
+        raise UserError(f"micro_batch_size={micro_batch_size}, expected at least 1")
     at_once = micro_batch_size * world_size
     if len(rows) % at_once:
-        raise DataError(f"batch_size={len(rows)} is not a multiple of micro_batch_size={micro_batch_size} x "
+        raise UserError(f"batch_size={len(rows)} is not a multiple of micro_batch_size={micro_batch_size} x "
                         f"{world_size} ranks = {at_once}; try batch_size={math.ceil(len(rows) / at_once) * at_once}")
     starts = range(rank * micro_batch_size, len(rows), at_once)
     return [rows[start:start + micro_batch_size] for start in starts]
@@ -798,13 +789,13 @@ def prefetch(dataset: RowData, groups: Iterable[list[int]], collate_fn: Callable
                         generator=torch.Generator())
     try:
         for batch in loader:
-            if isinstance(batch, DataError):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise DataError(f"a process that reads the data died ({' '.join(str(error).split())}); "
+        raise UserError(f"a process that reads the data died ({' '.join(str(error).split())}); "
                         "if the machine ran out of memory, lower num_workers") from None
 
 
@@ -820,7 +811,7 @@ def leave_signals_to_the_parent(worker):
 
 class MicroBatches:
     """
-    dataset[rows] -> those rows, collated. A DataError is handed over as a value: raised inside a worker process, it
+    dataset[rows] -> those rows, collated. A UserError is handed over as a value: raised inside a worker process, it
     would reach the user wrapped in torch's traceback instead of as its one line.
     """
 
@@ -830,7 +821,7 @@ class MicroBatches:
     def __getitem__(self, rows):
         try:
             return self.collate_fn([self.dataset[row] for row in rows])
-        except DataError as error:
+        except UserError as error:
             return error
 
 

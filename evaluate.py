@@ -42,12 +42,10 @@ import requests
 import torch
 import torch.distributed as dist
 
-from data import DataError, load_image, render, transform_image
-from model import CheckpointError, Llava
+from configurator import UserError
+from data import load_image, render, transform_image
+from model import Llava
 
-
-class EvaluationError(ValueError):
-    """The user's files, flags or endpoint are wrong; one line says where, what was found and what to do."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The command line
@@ -55,7 +53,7 @@ class EvaluationError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage and exit; we say one line like everywhere
-        raise EvaluationError(message)
+        raise UserError(message)
 
 
 def yes_or_no(text):
@@ -97,21 +95,21 @@ def parse_arguments(argv):
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "see --help"
-        raise EvaluationError(f"{unknown[0]}: no such flag, {hint}")
+        raise UserError(f"{unknown[0]}: no such flag, {hint}")
     args.benchmark = args.benchmark.split(",")
     for name in args.benchmark:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(BENCHMARKS)}"
-            raise EvaluationError(f"--benchmark: found {name!r}, {hint}")
+            raise UserError(f"--benchmark: found {name!r}, {hint}")
     if (args.model is None) == (args.answers is None):
-        raise EvaluationError("give either --model=DIR to answer the questions or --answers=FILE to score answers")
+        raise UserError("give either --model=DIR to answer the questions or --answers=FILE to score answers")
     if args.answers and len(args.benchmark) > 1:
-        raise EvaluationError(f"--answers is of one benchmark, found --benchmark={','.join(args.benchmark)}")
+        raise UserError(f"--answers is of one benchmark, found --benchmark={','.join(args.benchmark)}")
     if bool(args.judge_url) != bool(args.judge_model):
-        raise EvaluationError("--judge_url and --judge_model go together: where the chat model is, and which it is")
+        raise UserError("--judge_url and --judge_model go together: where the chat model is, and which it is")
     if args.objhal_extract and not args.judge_url:
-        raise EvaluationError("--objhal_extract=True needs the chat model: give --judge_url and --judge_model")
+        raise UserError("--objhal_extract=True needs the chat model: give --judge_url and --judge_model")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
@@ -150,8 +148,8 @@ def load_pixels(question, size, crop):
     else:
         try:
             image = load_image(io.BytesIO(question.image))
-        except DataError:
-            raise EvaluationError(f"{question.where}: the base64 is not a readable image; replace the file") from None
+        except UserError:
+            raise UserError(f"{question.where}: the base64 is not a readable image; replace the file") from None
     return transform_image(image, size, pad=not crop)  # (3, S, S)
 
 
@@ -162,7 +160,7 @@ def settings_of(benchmark, args):
     """
     weights = sorted(args.model.glob("*.safetensors"))
     if not weights:
-        raise EvaluationError(f"--model: {args.model} holds no *.safetensors file; give the folder of a checkpoint")
+        raise UserError(f"--model: {args.model} holds no *.safetensors file; give the folder of a checkpoint")
     written = time.gmtime(max(file.stat().st_mtime for file in weights))
     questions = hashlib.sha256("".join(benchmark.job(question) for question in benchmark.questions).encode())
     return {"model": str(args.model), "weights_written": time.strftime("%Y-%m-%d %H:%M:%S", written),
@@ -183,7 +181,7 @@ def answer(benchmark, llava, args, rank, world):
     if (folder / "settings.json").exists() and read_json(folder / "settings.json") != settings:
         found = read_json(folder / "settings.json")
         changed = next(key for key in settings | found if settings.get(key) != found.get(key))
-        raise EvaluationError(f"{folder}: holds answers made with {changed} {found.get(changed)!r}, this run has "
+        raise UserError(f"{folder}: holds answers made with {changed} {found.get(changed)!r}, this run has "
                               f"{settings.get(changed)!r}; remove the folder or choose another --out_dir")
     if (folder / "answers.jsonl").exists():
         if rank == 0:
@@ -191,7 +189,7 @@ def answer(benchmark, llava, args, rank, world):
         return
     for question in questions:
         if isinstance(question.image, Path) and not question.image.is_file():
-            raise EvaluationError(f"{question.where}: image {question.image} does not exist; check --data")
+            raise UserError(f"{question.where}: image {question.image} does not exist; check --data")
 
     wait_for_all(world)  # every rank has seen the settings of an earlier run, if any
     if rank == 0:
@@ -301,16 +299,16 @@ def read_text(path):
         return path.read_text(encoding="utf-8")
     except OSError as error:
         hint = "check --data, the README says what goes where"
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except ValueError:
-        raise EvaluationError(f"{path}: is not UTF-8 text; replace the file") from None
+        raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
 
 
 def read_json(path):
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path} line {error.lineno}: malformed JSON, {error.msg}; replace the file") from None
+        raise UserError(f"{path} line {error.lineno}: malformed JSON, {error.msg}; replace the file") from None
 
 
 def read_rows(path):
@@ -324,7 +322,7 @@ def read_rows(path):
             try:
                 rows.append((f"{path} line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
-                raise EvaluationError(f"{path} line {number}: malformed JSON, {error.msg}; correct the line") from None
+                raise UserError(f"{path} line {number}: malformed JSON, {error.msg}; correct the line") from None
     return rows
 
 
@@ -335,7 +333,7 @@ def need(row, key, kind, where):
         names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
         found = value if isinstance(row, dict) and key in row else row
         found = json.dumps(found, default=repr, ensure_ascii=False)[:60]
-        raise EvaluationError(f'{where}: "{key}" should be there as {names}, found {found}; correct the row')
+        raise UserError(f'{where}: "{key}" should be there as {names}, found {found}; correct the row')
     return value
 
 
@@ -358,9 +356,9 @@ def read_answers(path, benchmark):
         key, text = benchmark.read_answer(row, where, i)
         shown = " ".join(key) if isinstance(key, tuple) else key
         if key in texts:
-            raise EvaluationError(f"{where}: question {shown} has its answer in {first_at[key]} already; keep one")
+            raise UserError(f"{where}: question {shown} has its answer in {first_at[key]} already; keep one")
         if key not in known:
-            raise EvaluationError(f"{where}: question {shown} is none of the {len(known):,} of {benchmark.name}; "
+            raise UserError(f"{where}: question {shown} is none of the {len(known):,} of {benchmark.name}; "
                                   "is this the answer file of another benchmark or release?")
         texts[key], first_at[key] = text, where
     return texts
@@ -613,7 +611,7 @@ class ChatModel:
         self.headers = {}
         if args.judge_key_env:
             if not os.environ.get(args.judge_key_env):
-                raise EvaluationError(f"--judge_key_env: the environment variable {args.judge_key_env} is not set")
+                raise UserError(f"--judge_key_env: the environment variable {args.judge_key_env} is not set")
             self.headers["Authorization"] = f"Bearer {os.environ[args.judge_key_env]}"
         self.replies = {}  # prompt -> (model, reply)
         for where, row in read_rows(path) if path.exists() else []:
@@ -659,7 +657,7 @@ class ChatModel:
                     break  # a wrong key or model name does not get better by waiting
             if pause:
                 time.sleep(pause)
-        raise EvaluationError(f"--judge_url: {url} gave {trouble}; {len(self.replies)} replies are kept in "
+        raise UserError(f"--judge_url: {url} gave {trouble}; {len(self.replies)} replies are kept in "
                               f"{self.path}, run the same command again to go on")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -691,11 +689,11 @@ class Benchmark:
         first_at = {}
         for question in self.questions:
             if question.key in first_at:
-                raise EvaluationError(f"{question.where}: question_id {question.id!r} stands already in "
+                raise UserError(f"{question.where}: question_id {question.id!r} stands already in "
                                       f"{first_at[question.key]}; every question needs its own")
             first_at[question.key] = question.where
         if not self.questions:
-            raise EvaluationError(f"{self.root}: the question file of {name} is empty; check --data")
+            raise UserError(f"{self.root}: the question file of {name} is empty; check --data")
 
     def set_up(self):
         pass
@@ -704,7 +702,7 @@ class Benchmark:
         """The content of a JSON file, which has to be a list or a dict."""
         content = read_json(self.root / name)
         if not isinstance(content, kind):
-            raise EvaluationError(f"{self.root / name}: should hold a JSON {kind.__name__}, found "
+            raise UserError(f"{self.root / name}: should hold a JSON {kind.__name__}, found "
                                   f"a {type(content).__name__}; replace the file")
         self.files[name] = len(content)
         return content
@@ -769,7 +767,7 @@ def decode_base64(text, where):
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
-        raise EvaluationError(f"{where}: the image should be base64, found {text[:40]!r}; replace the file") from None
+        raise UserError(f"{where}: the image should be base64, found {text[:40]!r}; replace the file") from None
 
 # --- GQA --------------------------------------------------------------------------------------------------------------
 
@@ -787,12 +785,12 @@ class GQA(Benchmark):
         for question in questions:
             question.gold = golds.get(question.key)
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: question_id {question.id!r} is not in {self.root / file}; "
+                raise UserError(f"{question.where}: question_id {question.id!r} is not in {self.root / file}; "
                                       "take both files of the same release")
         balanced = {id for id, gold in golds.items() if gold.get("isBalanced")}
         lacking = balanced - {question.key for question in questions}
         if lacking:
-            raise EvaluationError(f"{self.root / file}: {len(lacking):,} balanced questions are not in the question "
+            raise UserError(f"{self.root / file}: {len(lacking):,} balanced questions are not in the question "
                                   f"file (first: {min(lacking)}); take both files of the same release")
         return questions
 
@@ -870,7 +868,7 @@ class ScienceQA(Benchmark):
             id = need(row, "id", (str, int), where)
             problem = problems.get(str(id))
             if problem is None or str(id) not in test:
-                raise EvaluationError(f"{where}: id {id!r} is no test problem of problems.json and pid_splits.json; "
+                raise UserError(f"{where}: id {id!r} is no test problem of problems.json and pid_splits.json; "
                                       "take all three files of the same release")
             turns, in_problems = need(row, "conversations", list, where), f"{self.root / 'problems.json'} {id!r}"
             asked = need(turns[0] if turns else {}, "value", str, where).replace("<image>", "").strip() + f"\n{LETTER}"
@@ -879,12 +877,12 @@ class ScienceQA(Benchmark):
                 prompt, image = f"<image>\n{asked}", self.root / "images/test" / need(row, "image", str, where)
             choices, right = need(problem, "choices", list, in_problems), need(problem, "answer", int, in_problems)
             if not 0 <= right < len(choices) <= 5:
-                raise EvaluationError(f"{in_problems}: answer {right} of {len(choices)} choices, expected at most 5")
+                raise UserError(f"{in_problems}: answer {right} of {len(choices)} choices, expected at most 5")
             about = {"choices": len(choices), "has_image": problem.get("image") is not None}
             questions.append(Question(id, str(id), prompt, asked, image, where, "ABCDE"[right], about))
         lacking = test - {question.key for question in questions}
         if lacking:
-            raise EvaluationError(f"{self.root / 'llava_test_CQM-A.json'}: {len(lacking):,} problems of the test split "
+            raise UserError(f"{self.root / 'llava_test_CQM-A.json'}: {len(lacking):,} problems of the test split "
                                   f"are not there (first: {min(lacking)}); take all three files of the same release")
         return questions
 
@@ -935,7 +933,7 @@ class TextVQA(Benchmark):
             where = f"{self.root / file} row {i}"
             answers = need(row, "answers", list, where)
             if len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
-                raise EvaluationError(f"{where}: found {len(answers)} answers, expected ten strings")
+                raise UserError(f"{where}: found {len(answers)} answers, expected ten strings")
             golds[str(need(row, "image_id", (str, int), where)), need(row, "question", str, where).lower()] = answers
         self.files[file] = len(golds)
 
@@ -945,7 +943,7 @@ class TextVQA(Benchmark):
             question.key = (str(question.id), asked)  # the id is the image's, so it does not suffice
             question.gold = golds.get(question.key)
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: image {question.id} with the question {asked!r} is not in "
+                raise UserError(f"{question.where}: image {question.id} with the question {asked!r} is not in "
                                       f"{self.root / file}; take both files of the same release")
             if not self.args.ocr:
                 lines = [line for line in question.prompt.split("\n") if not line.startswith("Reference OCR token:")]
@@ -963,7 +961,7 @@ class TextVQA(Benchmark):
             return lines[1].lower()
         if len(lines) == 2 or len(lines) == 3 and lines[1].startswith("Reference OCR token:"):
             return lines[0].lower()
-        raise EvaluationError(f"{where}: cannot tell the question in the prompt {prompt[:60]!r}; expected the "
+        raise UserError(f"{where}: cannot tell the question in the prompt {prompt[:60]!r}; expected the "
                               'question, perhaps a line "Reference OCR token: ...", and the suffix')
 
     def read_answer(self, row, where, index):
@@ -997,7 +995,7 @@ class MME(Benchmark):
                 for number, line in enumerate(read_text(path).split("\n"), start=1):
                     asked, _, gold = line.strip().lower().partition("\t")
                     if line.strip() and gold not in ("yes", "no"):
-                        raise EvaluationError(f"{path} line {number}: found {line[:60]!r}, expected a question, "
+                        raise UserError(f"{path} line {number}: found {line[:60]!r}, expected a question, "
                                               "a tab, and Yes or No")
                     golds[folder / path.stem, asked] = gold
         self.files[f"{self.release}/*/*.txt"] = len(golds)
@@ -1006,13 +1004,13 @@ class MME(Benchmark):
             question.key = (str(question.id), question_of(question.prompt))  # the id is the image's
             category = question.about.get("category")
             if category not in self.perception + self.cognition:
-                raise EvaluationError(f"{question.where}: found the category {category!r}, expected one of "
+                raise UserError(f"{question.where}: found the category {category!r}, expected one of "
                                       f"{', '.join(self.perception + self.cognition)}")
             for spaces in (" ", "  "):  # the official question, in place of our suffix; some have two spaces
                 asked = f"{question.key[1]}{spaces}Please answer yes or no.".lower()
                 question.gold = question.gold or golds.get((question.image.with_suffix(""), asked))
             if question.gold is None:
-                raise EvaluationError(f'{question.where}: no line "{question.key[1]} Please answer yes or no." in the '
+                raise UserError(f'{question.where}: no line "{question.key[1]} Please answer yes or no." in the '
                                       f"official text file of {question.image}; check the folder {self.release}")
         return questions
 
@@ -1084,16 +1082,16 @@ class MMBench(Benchmark):
             where = f"{self.root / file} row {number}"
             for column in ("index", "question", "A", "B", "answer", "image"):
                 if not row.get(column):
-                    raise EvaluationError(f"{where}: the column {column} is missing or empty")
+                    raise UserError(f"{where}: the column {column} is missing or empty")
             if not row["index"].isdigit():
-                raise EvaluationError(f"{where}: the index should be a whole number, found {row['index'][:40]!r}")
+                raise UserError(f"{where}: the index should be a whole number, found {row['index'][:40]!r}")
             options = {}
             for letter in "ABCD":
                 if self.is_empty(row.get(letter)):
                     break
                 options[letter] = row[letter]
             if row["answer"] not in options:
-                raise EvaluationError(f"{where}: found the answer {row['answer'][:40]!r}, expected one of "
+                raise UserError(f"{where}: found the answer {row['answer'][:40]!r}, expected one of "
                                       f"{', '.join(options)}")
             hint = [] if self.is_empty(row.get("hint")) else [row["hint"]]
             choices = [f"{letter}. {option}" for letter, option in options.items()]
@@ -1183,14 +1181,14 @@ class POPE(Benchmark):
                 for where, row in self.rows(file):
                     label = need(row, "label", str, where)
                     if label not in ("yes", "no"):
-                        raise EvaluationError(f'{where}: found the label {label[:40]!r}, expected "yes" or "no"')
+                        raise UserError(f'{where}: found the label {label[:40]!r}, expected "yes" or "no"')
                     labels[category, need(row, "image", str, where), need(row, "text", str, where)] = label
             # The random split was released twice, with other questions. The official scorer pairs answers and labels
             # by position, and the wrong release costs 40 points of F1 without a word. So we join on what was asked.
             asked, image = question_of(question.prompt), question.about["image"]
             question.gold = labels.get((category, image, asked))
             if question.gold is None:
-                raise EvaluationError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, "
+                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, "
                                       "which is of another release; LLaVA's question file needs the random split of "
                                       "2,910 rows, not the one of 3,000")
         return questions
@@ -1277,7 +1275,7 @@ class ObjHal(Benchmark):
             self.files[file] = len(content["annotations"])
         for question in questions:
             if question.key not in annotated:
-                raise EvaluationError(f"{question.where}: image_id {question.key} is among the images of neither "
+                raise UserError(f"{question.where}: image_id {question.key} is among the images of neither "
                                       f"instances_train2014.json nor instances_val2014.json of {self.root}/annotations")
         return questions
 
@@ -1320,7 +1318,7 @@ class ObjHal(Benchmark):
         except ValueError:
             objects = None
         if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
-            raise EvaluationError(f"{chat.path}: the reply for image_id {question.key} should be a JSON list of "
+            raise UserError(f"{chat.path}: the reply for image_id {question.key} should be a JSON list of "
                                   f"strings, found {reply[:60]!r}; remove its line and run again, or take another "
                                   "--judge_model")
         return objects
@@ -1492,14 +1490,14 @@ class AMBER(Benchmark):
         for where, row in self.rows("data/query/query_all.json"):
             id, query = need(row, "id", int, where), need(row, "query", str, where)
             if not 1 <= id <= len(golds):
-                raise EvaluationError(f"{where}: id {id} has no entry in data/annotations.json, of {len(golds):,}")
+                raise UserError(f"{where}: id {id} has no entry in data/annotations.json, of {len(golds):,}")
             gold_where, gold = golds[id - 1]  # by position
             if need(gold, "type", str, gold_where) == "generative":
                 for word in need(gold, "truth", list, gold_where) + need(gold, "hallu", list, gold_where):
                     if word not in self.associated:
-                        raise EvaluationError(f"{gold_where}: {word!r} has no entry in data/relation.json")
+                        raise UserError(f"{gold_where}: {word!r} has no entry in data/relation.json")
             elif need(gold, "truth", str, gold_where) not in ("yes", "no"):
-                raise EvaluationError(f'{gold_where}: "truth" should be yes or no, found {gold["truth"][:40]!r}')
+                raise UserError(f'{gold_where}: "truth" should be yes or no, found {gold["truth"][:40]!r}')
             asked = query if gold["type"] == "generative" else f"{query}\n{SHORT}"
             image = self.root / "image" / need(row, "image", str, where)
             questions.append(Question(id, str(id), query, asked, image, where, gold))
@@ -1672,7 +1670,7 @@ def report(benchmark, texts, answered_with, args):
     write_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_text(args.out_dir / "results.md", markdown(row))
     if refusal:
-        raise EvaluationError(f"{args.answers or folder / 'answers.jsonl'}: {refusal}; no {benchmark.name} number "
+        raise UserError(f"{args.answers or folder / 'answers.jsonl'}: {refusal}; no {benchmark.name} number "
                               "without them")
     rates = [f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, float)]
     counts = f"{entry['rows']:,} rows, {entry['unparsed']:,} unparsed"
@@ -1709,7 +1707,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         evaluate(parse_arguments(sys.argv[1:] if argv is None else argv))
         return 0
-    except (EvaluationError, DataError, CheckpointError) as error:
+    except UserError as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

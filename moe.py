@@ -59,14 +59,14 @@ class SparseFFN(nn.Module):
         return weight_NA, Routing(probs_NE, expert_NA)
 
     @torch.compiler.disable(recursive=False)    # sizes depend on the data: under torch.compile only the experts are compiled
-    def forward(self, x_BTD: torch.Tensor, real_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
-        """(B, T, D) -> (B, T, D) and the routing of the tokens where `real_BT` is true (None: of all tokens).
+    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
+        """(B, T, D) -> (B, T, D) and the routing of the tokens where `valid_BT` is true (None: of all tokens).
 
         Padding gets zeros: only the residual stream carries it on, and nobody reads it.
         """
-        if real_BT is None:
-            real_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-        x_ND = x_BTD[real_BT]
+        if valid_BT is None:
+            valid_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+        x_ND = x_BTD[valid_BT]
         weight_NA, routing = self.route(x_ND)
 
         # Put the N*A assignments in the order of their experts, so that each expert's tokens stand side by side: one gather
@@ -82,11 +82,11 @@ class SparseFFN(nn.Module):
         outputs_NAD = outputs[order.argsort()].unflatten(0, (-1, self.top_k))                 # by token again
         y_ND = (weight_NA[:, :, None] * outputs_NAD).sum(1).to(x_ND.dtype)                    # eq. 2
         y_BTD = torch.zeros_like(x_BTD)
-        y_BTD[real_BT] = y_ND
+        y_BTD[valid_BT] = y_ND
         return y_BTD, routing
 
 
-def balance_loss(routing: Routing, real_BT: torch.Tensor) -> torch.Tensor:
+def balance_loss(routing: Routing, valid_BT: torch.Tensor) -> torch.Tensor:
     """How unevenly one layer's experts are used, per sequence: E * sum_e f_e P_e -> (B,).
 
     f_e is the share of the sequence's N*A assignments that expert e received (a count: no gradient), P_e the mean
@@ -96,16 +96,16 @@ def balance_loss(routing: Routing, real_BT: torch.Tensor) -> torch.Tensor:
     Per sequence, so that the value does not depend on how a batch is cut into micro-batches.
     """
     n_expert = routing.probs_NE.shape[1]
-    rows_N = torch.where(real_BT)[0]                                 # the sequence that each real token belongs to
-    tokens_B1 = real_BT.sum(1, keepdim=True).clamp(min=1)
+    rows_N = torch.where(valid_BT)[0]                                 # the sequence that each real token belongs to
+    tokens_B1 = valid_BT.sum(1, keepdim=True).clamp(min=1)
     chosen_NE = F.one_hot(routing.expert_NA, n_expert).sum(1).float()
-    zeros_BE = routing.probs_NE.new_zeros(real_BT.shape[0], n_expert)
+    zeros_BE = routing.probs_NE.new_zeros(valid_BT.shape[0], n_expert)
     f_BE = zeros_BE.index_add(0, rows_N, chosen_NE) / (tokens_B1 * routing.expert_NA.shape[1])
     P_BE = zeros_BE.index_add(0, rows_N, routing.probs_NE) / tokens_B1
     return n_expert * (f_BE * P_BE).sum(1)
 
 
-def expert_counts(routing: Routing, real_BT: torch.Tensor, image_BT: torch.Tensor) -> torch.Tensor:
+def expert_counts(routing: Routing, valid_BT: torch.Tensor, image_BT: torch.Tensor) -> torch.Tensor:
     """Assignments per expert, image tokens and text tokens apart -> (2, E): row 0 image, row 1 text.
 
     Divide a row by its sum to get the load of each expert; the two rows together tell whether experts specialise by
@@ -113,7 +113,7 @@ def expert_counts(routing: Routing, real_BT: torch.Tensor, image_BT: torch.Tenso
     """
     n_expert = routing.probs_NE.shape[1]
     chosen_NE = F.one_hot(routing.expert_NA, n_expert).sum(1)
-    is_image_N = image_BT[real_BT]
+    is_image_N = image_BT[valid_BT]
     return torch.stack([chosen_NE[is_image_N].sum(0), chosen_NE[~is_image_N].sum(0)])
 
 

@@ -11,8 +11,9 @@ import sys
 
 import torch
 
-from data import DataError, load_image, render, transform_image
-from model import CheckpointError, Llava
+from configurator import UserError
+from data import load_image, render, transform_image
+from model import Llava
 
 
 def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | None, max_new_tokens: int,
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     llava = Llava.from_pretrained(args.model, dtype=dtype, device=args.device).eval()
     if llava.tokenizer is None or llava.config.template is None:
-        raise CheckpointError(f'{args.model}: needs a tokenizer.json, and "template": "vicuna" or "chatml" in its '
+        raise UserError(f'{args.model}: needs a tokenizer.json, and "template": "vicuna" or "chatml" in its '
                               "config.json")
     pixel_values = None
     if image is not None:
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, CheckpointError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (EOFError, KeyboardInterrupt):

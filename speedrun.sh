@@ -49,7 +49,7 @@ until_finished() {   # a run of the other lane
 }
 
 left() {
-    step llm_teacher python tiny.py --out_dir=$world --part=llm_teacher
+    step llm_teacher python -m tiny --out_dir=$world --part=llm_teacher
     until_there $world/vision.json
     train teacher_align teacher_align
     train teacher teacher_sft
@@ -61,9 +61,9 @@ left() {
 }
 
 right() {
-    step world python tiny.py --out_dir=$world --part=world
-    step vision python tiny.py --out_dir=$world --part=vision
-    step llm_student python tiny.py --out_dir=$world --part=llm_student
+    step world python -m tiny --out_dir=$world --part=world
+    step vision python -m tiny --out_dir=$world --part=vision
+    step llm_student python -m tiny --out_dir=$world --part=llm_student
     train align align
     # The controls: the same student by cross-entropy alone, dense and then as sparse as the distilled one ...
     train sft sft
@@ -86,4 +86,4 @@ trap stop INT TERM
 # Whichever lane ends first: if it failed, the other one must not wait for it for ever.
 wait -n || stop
 wait -n || stop
-python tiny.py --report=$out
+python -m tiny --report=$out

@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,15 +34,16 @@ import torch.distributed as dist
 from torch import nn
 
 import data
-import parallel
-import resume
-from configurator import Config, ConfigError, load_config
-from data import DataError
-from losses import CHUNK, PREFERENCES, by_chunks, cross_entropy, forward_kl, forward_kl_top_k
-from model import CheckpointError, Llava, describe_llava, describe_parts, read_json
+from configurator import Config, UserError, load_config, run
+from engine import distributed, resume
+from engine.chunked import CHUNK, chunked_loss
+from engine.files import read_json
+from engine.hf import describe_llava, describe_parts
+from engine.resume import Stop
+from losses import PREFERENCES, cross_entropy, forward_kl, forward_kl_top_k
+from model import Llava
 from moe import balance_loss, expert_counts, upcycle
-from resume import NotFinite, SaveError, Stop, Stopped
-from teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
+from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
 
 DEFAULTS = dict(
     # what runs
@@ -122,7 +122,7 @@ def predicted(batch: dict, llava: Llava, config: Config) -> torch.Tensor:
     """(B, T-1) bool: true at t where the token at t+1 is one to learn from. The one place where labels are shifted."""
     if config.kd_tokens == "response" or not config.teacher or config.stage == "pd":
         return batch["mask"][:, 1:]
-    is_text = llava.real_positions(batch["input_ids"]) & (batch["input_ids"] != llava.config.image_token_id)
+    is_text = llava.valid_positions(batch["input_ids"]) & (batch["input_ids"] != llava.config.image_token_id)
     return is_text[:, 1:]                                            # of prompt and response
 
 
@@ -133,7 +133,7 @@ def summed_logprobs(llava: Llava, hidden: torch.Tensor, targets: torch.Tensor, w
         return each, [each]
 
     rows = torch.where(where)[0]                                     # (N,) the row that each response token is in
-    each, _ = by_chunks(hidden, llava.decoder.head_weight, logprob)  # (N,)
+    each, _ = chunked_loss(hidden, llava.decoder.head_weight, logprob)  # (N,)
     return torch.zeros(len(where), device=hidden.device).index_add(0, rows, each)
 
 
@@ -143,7 +143,7 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
     return torch.cat([features, features]) if stage == "pd" else features
 
 
-def states_to_learn(llava: Llava, batch: dict, features: torch.Tensor,
+def response_states(llava: Llava, batch: dict, features: torch.Tensor,
                     config: Config) -> tuple[torch.Tensor, torch.Tensor, list]:
     """The hidden states that predict a token to learn from (N, D), where they stand (B, T-1), and the routings.
 
@@ -155,14 +155,14 @@ def states_to_learn(llava: Llava, batch: dict, features: torch.Tensor,
 
 
 @torch.no_grad()
-def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> Callable | torch.Tensor:
+def teacher_reference(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> Callable | torch.Tensor:
     """What the objective compares the student with.
 
     In pd the teacher's log-probs of the answers, (2B,). Else a function of a few tokens' logits and which tokens they
     are, (n, V) and a slice of the N, that gives their KL from the teacher, (n,): like the student's, the teacher's logits
     are made only where and when they are needed.
     """
-    hidden, where, _ = states_to_learn(teacher, batch, features, config)
+    hidden, where, _ = response_states(teacher, batch, features, config)
     if config.stage == "pd":
         return summed_logprobs(teacher, hidden, batch["input_ids"][:, 1:][where], where)
 
@@ -174,21 +174,21 @@ def ask_teacher(teacher: Llava, batch: dict, features: torch.Tensor, config: Con
 
 
 @torch.no_grad()
-def dictate(teacher: Llava, batch: dict, config: Config, vocabulary: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+def teacher_targets(teacher: Llava, batch: dict, config: Config, vocabulary: int) -> tuple[dict[str, torch.Tensor], list[int]]:
     """What teacher_cache.py keeps of a batch: tensors, their lines row after row, and how many lines each row has."""
     features = image_features(teacher, batch, config.stage)
     if config.stage == "pd":
-        chosen_and_rejected = ask_teacher(teacher, batch, features, config).view(2, -1).T            # (B, 2)
+        chosen_and_rejected = teacher_reference(teacher, batch, features, config).view(2, -1).T            # (B, 2)
         return {"teacher_logprobs": chosen_and_rejected}, [1] * len(chosen_and_rejected)
-    hidden, where, _ = states_to_learn(teacher, batch, features, config)
+    hidden, where, _ = response_states(teacher, batch, features, config)
     k = min(config.teacher_top_k, vocabulary)
     parts = [top_k(teacher.decoder.head(some)[:, :vocabulary], k) for some in hidden.split(CHUNK[hidden.device.type])]
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
     return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, where.sum(1).tolist())
 
 
-def recall_teacher(batch: dict, config: Config, vocabulary: int) -> Callable | torch.Tensor:
-    """The same as `ask_teacher`, from what the cache has put into the batch."""
+def cached_reference(batch: dict, config: Config, vocabulary: int) -> Callable | torch.Tensor:
+    """The same as `teacher_reference`, from what the cache has put into the batch."""
     if config.stage == "pd":
         return batch["teacher_logprobs"].T.flatten()                 # (2B,): all chosen, then all rejected
 
@@ -210,11 +210,11 @@ class Objective(nn.Module):
                 total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One micro-batch's share of the global loss, and the sums behind every part of it.
 
-        reference: what `ask_teacher` or `recall_teacher` gives; None without a teacher.
+        reference: what `teacher_reference` or `cached_reference` gives; None without a teacher.
         total: how many "response" and "distilled" tokens, "rows" and "pairs" the global batch has; the divisors.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
-        hidden, where, routings = states_to_learn(student, batch, features, config)
+        hidden, where, routings = response_states(student, batch, features, config)
         targets = input_ids[:, 1:][where]                            # (N,)
 
         if config.stage == "pd":
@@ -230,7 +230,7 @@ class Objective(nn.Module):
             is_response = batch["mask"][:, 1:][where]                # (N,)
             ce_weight = {"d2d": 0.0, "d2s": config.ce_weight}.get(config.stage, 1.0) / total["response"]
 
-            def of_some_tokens(logits: torch.Tensor, part: slice) -> tuple:
+            def chunk_loss(logits: torch.Tensor, part: slice) -> tuple:
                 """What n tokens add to the loss, and the terms that log.jsonl shows: (n, V) -> (n,), [(n,), ...]."""
                 ce = cross_entropy(logits, targets[part]) * is_response[part]                        # eq. 5
                 if reference is None:                                # align, sft, and d2s without a teacher's help
@@ -238,12 +238,12 @@ class Objective(nn.Module):
                 kl = reference(logits, part)                                                         # eq. 6
                 return config.kd_weight * kl / total["distilled"] + ce_weight * ce, [ce, kl]         # eq. 7
 
-            each, terms = by_chunks(hidden, student.decoder.head_weight, of_some_tokens)             # (N,), (1 or 2, N)
+            each, terms = chunked_loss(hidden, student.decoder.head_weight, chunk_loss)             # (N,), (1 or 2, N)
             loss = each.sum()
             sums = dict(zip(("ce", "kd"), terms.sum(1)))
 
         if routings:
-            real = student.real_positions(input_ids)
+            real = student.valid_positions(input_ids)
             balance = sum(balance_loss(routing, real).sum() for routing in routings)   # over layers and sequences
             loss = loss + config.balance_coef * balance / total["rows"]
             image = input_ids == student.config.image_token_id
@@ -266,33 +266,33 @@ def check_settings(config: Config) -> None:
                "parallel": ["ddp", "fsdp"]}
     for key, known in choices.items():
         if config[key] not in known:
-            raise ConfigError(f"{key} is {config[key]!r}, expected one of {', '.join(k for k in known if k)}")
+            raise UserError(f"{key} is {config[key]!r}, expected one of {', '.join(k for k in known if k)}")
     for key in ("out_dir", "data"):
         if not config[key]:
-            raise ConfigError(f"{key} is empty: say --{key}=… or set it in the config file")
+            raise UserError(f"{key} is empty: say --{key}=… or set it in the config file")
     if bool(config.student) == bool(config.vision or config.llm) or bool(config.vision) != bool(config.llm):
-        raise ConfigError("give either student=…, a checkpoint to start from, or both vision=… and llm=… for a new model")
+        raise UserError("give either student=…, a checkpoint to start from, or both vision=… and llm=… for a new model")
     alone = config.stage == "d2s" and config.kd_weight == 0          # Table 6's baseline, made sparse without distillation
     if config.stage in WITH_TEACHER and not config.teacher and not alone:
-        raise ConfigError(f"stage {config.stage} learns from a teacher: say --teacher=…, a LLaVA folder")
+        raise UserError(f"stage {config.stage} learns from a teacher: say --teacher=…, a LLaVA folder")
     if config.teacher_cache and not config.teacher:
-        raise ConfigError("teacher_cache keeps the answers of a teacher: say --teacher=…, whose they are")
+        raise UserError("teacher_cache keeps the answers of a teacher: say --teacher=…, whose they are")
     if config.stage not in WITH_TEACHER and config.teacher:
-        raise ConfigError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
+        raise UserError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
                           f"{', '.join(WITH_TEACHER)}")
     if config.template and config.student:
-        raise ConfigError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
+        raise UserError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
     positive = ("batch_size", "micro_batch_size", "max_length", "epochs", "learning_rate", "save_every", "log_every", "eps",
                 "num_experts", "top_k", "teacher_top_k")
     for key in positive + ("warmup_ratio", "weight_decay", "grad_clip", "max_steps", "balance_coef", "num_workers", "seed"):
         if not config[key] >= 0 or (key in positive and config[key] == 0) or config[key] == math.inf:
             kind = "positive" if key in positive else "non-negative"
-            raise ConfigError(f"{key} is {config[key]}, expected a {kind} number")
+            raise UserError(f"{key} is {config[key]}, expected a {kind} number")
     for key in ("beta1", "beta2", "warmup_ratio"):
         if not 0 <= config[key] <= 1 or (key != "warmup_ratio" and config[key] == 1):
-            raise ConfigError(f"{key} is {config[key]}, expected a number between 0 and 1")
+            raise UserError(f"{key} is {config[key]}, expected a number between 0 and 1")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch finds no GPU here; say --device=cpu")
+        raise UserError("device is cuda, but torch finds no GPU here; say --device=cpu")
 
 
 def open_student(config: Config) -> Llava:
@@ -302,17 +302,17 @@ def open_student(config: Config) -> Llava:
         student = Llava.from_parts(config.vision, config.llm, seed=config.seed, template=config.template or "vicuna")
     folder = config.student or config.llm
     if student.tokenizer is None:
-        raise CheckpointError(f"{folder}: has no tokenizer.json, which training needs")
+        raise UserError(f"{folder}: has no tokenizer.json, which training needs")
     if student.config.template is None:
-        raise CheckpointError(f"{folder}: config.json does not say which template the model was trained with; add "
+        raise UserError(f"{folder}: config.json does not say which template the model was trained with; add "
                               '"template": "vicuna" or "chatml"')
     if student.config.pad_token_id is None:
-        raise CheckpointError(f"{folder}: config.json names no pad_token_id, which batches of rows of unequal length need")
+        raise UserError(f"{folder}: config.json names no pad_token_id, which batches of rows of unequal length need")
     sparse = bool(student.config.text.num_experts)
     if config.stage == "d2s" and not sparse:
         make_sparse(student, config)
     if config.stage == "pd" and not sparse:
-        raise CheckpointError(f"{folder}: is dense, and stage pd trains experts; run stage d2s first")
+        raise UserError(f"{folder}: is dense, and stage pd trains experts; run stage d2s first")
     return student
 
 
@@ -322,11 +322,11 @@ def make_sparse(student: Llava, config: Config) -> None:
         try:
             layers = [int(number) for number in layers.split(",")]
         except ValueError:
-            raise ConfigError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
+            raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
     try:
         upcycle(student, config.num_experts, config.top_k, layers, config.norm_topk, config.seed)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def open_rows(config: Config, student: Llava) -> data.RowData:
@@ -345,7 +345,7 @@ def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: tor
 
 
 def open_cache(config: Config, student: Llava, dataset: data.RowData, collate: Callable, dtype: torch.dtype,
-               ranks: parallel.Ranks) -> TeacherCache:
+               ranks: distributed.Dist) -> TeacherCache:
     """What the teacher has said about these rows. Of what is missing, the teacher is asked now, and then let go."""
     made_with = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
                  "dtype": config.dtype, "teacher": None, "vocabulary": None}
@@ -354,18 +354,18 @@ def open_cache(config: Config, student: Llava, dataset: data.RowData, collate: C
     if Path(config.teacher).is_dir():
         theirs = read_json(Path(config.teacher) / "config.json")["text_config"]["vocab_size"]
         made_with |= {"teacher": digest_of_folder(config.teacher), "vocabulary": min(student.config.text.vocab_size, theirs)}
-    cache = ranks.rank_0_says(lambda: TeacherCache(config.teacher_cache, len(dataset), made_with))
-    missing = ranks.rank_0_says(cache.missing)
+    cache = ranks.broadcast_from_rank0(lambda: TeacherCache(config.teacher_cache, len(dataset), made_with))
+    missing = ranks.broadcast_from_rank0(cache.missing)
     if missing:
-        with ranks.fail_together():
+        with ranks.sync_errors():
             teacher = open_teacher(config, student, dtype, ranks.device)
 
             def ask(batch: dict) -> tuple[dict[str, torch.Tensor], list[int]]:
-                return dictate(teacher, put_on(ranks.device, batch), config, cache.made_with["vocabulary"])
+                return teacher_targets(teacher, to_device(ranks.device, batch), config, cache.made_with["vocabulary"])
             fill(missing, dataset, ask, collate, config.micro_batch_size, config.num_workers, ranks.rank, ranks.world_size)
-    with ranks.fail_together():
+    with ranks.sync_errors():
         if cache.missing():
-            raise DataError(f"{config.teacher_cache}: {cache.missing()[0][0].name} is not to be seen from here; the folder must "
+            raise UserError(f"{config.teacher_cache}: {cache.missing()[0][0].name} is not to be seen from here; the folder must "
                             "be one that all machines share")
     return cache
 
@@ -377,14 +377,14 @@ def check_teacher(student: Llava, teacher: Llava, config: Config) -> None:
 
     where = f"teacher {config.teacher} and student {config.student or config.llm}"
     if teacher.tokenizer is None or vocabulary(teacher) != vocabulary(student):
-        raise CheckpointError(f"{where}: their tokenizers differ; distillation compares token by token and needs one and the "
+        raise UserError(f"{where}: their tokenizers differ; distillation compares token by token and needs one and the "
                               "same")
     for what in ("template", "image_token_id", "image_tokens"):
         if getattr(teacher.config, what) != getattr(student.config, what):
-            raise CheckpointError(f"{where}: {what} is {getattr(teacher.config, what)!r} and "
+            raise UserError(f"{where}: {what} is {getattr(teacher.config, what)!r} and "
                                   f"{getattr(student.config, what)!r}; they must agree")
     if teacher.config.vision.image_size != student.config.vision.image_size:
-        raise CheckpointError(f"{where}: image sizes are {teacher.config.vision.image_size} and "
+        raise UserError(f"{where}: image sizes are {teacher.config.vision.image_size} and "
                               f"{student.config.vision.image_size} pixels; they must agree")
 
 
@@ -419,8 +419,7 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 def dry_run(config: Config) -> None:
     """What the run would take on WORLD_SIZE GPUs, and what of its data is here. No weights, no GPU, no other ranks."""
-    import download
-    import plan                                                      # which builds on this file
+    from tools import download, plan                                                      # which builds on this file
     if os.environ.get("RANK", "0") != "0":
         return
     lengths = steps = None
@@ -446,26 +445,26 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     if config.dry_run:
         return dry_run(config)
     stop = stop or Stop()                                            # without a listener: nobody stops us
-    ranks = parallel.join(config.device)
+    ranks = distributed.init_distributed(config.device)
     say = print if ranks.rank == 0 else lambda *_, **__: None
-    ranks.agree({key: value for key, value in config.items() if key not in MACHINE_LOCAL} | {"torch": torch.__version__})
+    ranks.assert_same({key: value for key, value in config.items() if key not in MACHINE_LOCAL} | {"torch": torch.__version__})
 
     out_dir, first_step, state = Path(config.out_dir), 0, None
-    finished, state_file, note = ranks.rank_0_says(lambda: resume.begin_or_resume(out_dir, config, MAY_CHANGE))
+    finished, state_file, note = ranks.broadcast_from_rank0(lambda: resume.begin_or_resume(out_dir, config, MAY_CHANGE))
     if finished:
         say(f"{out_dir}: this run is finished already; nothing to do")
         return
 
     # Student, data and teacher. Whatever is wrong with them, on whichever rank, ends all ranks in one line.
     dtype = getattr(torch, config.dtype)
-    with ranks.fail_together():
+    with ranks.sync_errors():
         student = open_student(config)
         choose_trainable(student, config, dtype)
         student.to(ranks.device)
         student.decoder.checkpointing = config.checkpointing
-    dataset = ranks.one_per_machine_first(lambda: open_rows(config, student))
+    dataset = ranks.local_rank0_first(lambda: open_rows(config, student))
     collate = partial(data.collate_pairs if config.stage == "pd" else data.collate, pad_token_id=student.config.pad_token_id)
-    ranks.agree(fingerprints(config, dataset))
+    ranks.assert_same(fingerprints(config, dataset))
     autocast = partial(torch.autocast, ranks.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     rows, teacher, cache = dataset, None, None
     if config.teacher_cache:
@@ -473,12 +472,12 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
             cache = open_cache(config, student, dataset, collate, dtype, ranks)
         rows, collate = RowsWithTeacher(dataset, cache), partial(collate_with_teacher, collate=collate)
     elif config.teacher:
-        with ranks.fail_together():
+        with ranks.sync_errors():
             teacher = open_teacher(config, student, dtype, ranks.device)
     if config.compile:
         for block in [*student.vision.blocks, *student.decoder.blocks, *(teacher.decoder.blocks if teacher else [])]:
             block.compile(dynamic=True)                              # rows come in all lengths
-    with ranks.fail_together():
+    with ranks.sync_errors():
         sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources)
         data.micro_batches(sampler.batch(0), config.micro_batch_size, ranks.rank, ranks.world_size)   # does it divide?
         if state_file:
@@ -492,13 +491,13 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     say(f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
 
     # Spread over the ranks, and back to where the saved state stands
-    objective, optimizer = parallel.spread(Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
+    objective, optimizer = distributed.parallelize(Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), eps=config.eps,
                                            weight_decay=config.weight_decay)
     learns = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    with ranks.fail_together():
+    with ranks.sync_errors():
         if state:
-            parallel.restore(learns, optimizer, state["weights"], state["adam"])
+            distributed.restore(learns, optimizer, state["weights"], state["adam"])
         if ranks.rank == 0:
             with resume.writing(out_dir / "run.json", 10_000):
                 out_dir.mkdir(parents=True, exist_ok=True)
@@ -509,15 +508,15 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
 
     def save_state(step: int) -> None:
         """What resuming needs."""
-        weights, adam = parallel.gather(learns, ranks), parallel.gather_adam(learns, optimizer, ranks)
-        with ranks.fail_together():
+        weights, adam = distributed.gather(learns, ranks), distributed.gather_adam(learns, optimizer, ranks)
+        with ranks.sync_errors():
             if ranks.rank == 0:
                 resume.write_state(out_dir, {"step": step, "weights": weights, "adam": adam, "sampler": sampler.state_dict()})
 
     def export() -> None:
         """What others use: the student as a Hugging Face folder."""
-        weights = parallel.gather(dict(student.named_parameters()), ranks)
-        with ranks.fail_together():
+        weights = distributed.gather(dict(student.named_parameters()), ranks)
+        with ranks.sync_errors():
             if ranks.rank == 0:
                 with resume.writing(out_dir / "model.safetensors", sum(w.numel() * dtype.itemsize for w in weights.values())):
                     student.save_pretrained(out_dir, dtype, weights)
@@ -533,37 +532,37 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
             group["lr"] = lr
 
         total = count_batch(micro, student, config) | stop.votes()
-        total = dict(zip(total, ranks.add_up(torch.tensor(list(total.values()), device=ranks.device)).tolist()))
+        total = dict(zip(total, ranks.all_reduce(torch.tensor(list(total.values()), device=ranks.device)).tolist()))
         if any(total[vote] for vote in stop.votes()):                # some rank has to stop, so all do
             if step - 1 > first_step and (step - 1) % config.save_every:
                 save_state(step - 1)
             stop.end(total, step - 1, ranks.rank)
-        micro = [put_on(ranks.device, batch) for batch in micro]
+        micro = [to_device(ranks.device, batch) for batch in micro]
 
         sums, loss_sum = {}, torch.zeros((), device=ranks.device)
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
-            with nullcontext() if last else parallel.keep_gradients_local(objective), autocast():
+            with nullcontext() if last else distributed.no_sync(objective), autocast():
                 features = image_features(student, batch, config.stage)
                 reference = None
                 if cache is not None:
-                    reference = recall_teacher(batch, config, cache.made_with["vocabulary"])
+                    reference = cached_reference(batch, config, cache.made_with["vocabulary"])
                 elif teacher is not None:
                     same = teacher.vision is student.vision
                     seen = features if same else image_features(teacher, batch, config.stage)
-                    reference = ask_teacher(teacher, batch, seen, config)
+                    reference = teacher_reference(teacher, batch, seen, config)
                 loss, parts = objective(batch, features, reference, total)
                 (loss * ranks.world_size).backward()                 # gradients are averaged over ranks; we want the sum
             loss_sum += loss.detach()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value
 
-        loss_sum = ranks.add_up(loss_sum).item()
-        sums = {name: ranks.add_up(value.double()) for name, value in sums.items()}
-        grad_norm = parallel.whole(nn.utils.get_total_norm([p.grad for p in learns.values()]))
+        loss_sum = ranks.all_reduce(loss_sum).item()
+        sums = {name: ranks.all_reduce(value.double()) for name, value in sums.items()}
+        grad_norm = distributed.full(nn.utils.get_total_norm([p.grad for p in learns.values()]))
         if not math.isfinite(loss_sum) or not grad_norm.isfinite():  # before the weights are touched
-            with ranks.fail_together():
-                raise NotFinite(f"step {step}: loss {loss_sum}, gradient norm {grad_norm.item()}"
+            with ranks.sync_errors():
+                raise UserError(f"step {step}: loss {loss_sum}, gradient norm {grad_norm.item()}"
                                 + what_is_not_finite(sums, learns, sampler.batch(step - 1), dataset, ranks))
         nn.utils.clip_grads_with_norm_(learns.values(), config.grad_clip or math.inf, grad_norm)
         optimizer.step()
@@ -592,14 +591,14 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
 
     if first_step == steps:                                          # ended after its last save: is the folder of that step?
         export()
-    with ranks.fail_together():
+    with ranks.sync_errors():
         if ranks.rank == 0:
             resume.write_run(out_dir, config, ranks.world_size, finished=True)
     say(f"{config.stage} done: {out_dir}")
 
 
 def introduction(config: Config, student: Llava, teacher: Llava | None, dataset: data.RowData,
-                 ranks: parallel.Ranks) -> list[str]:
+                 ranks: distributed.Dist) -> list[str]:
     """Who learns what from whom, in a few lines."""
     counts = student.count_parameters()
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -615,7 +614,7 @@ def introduction(config: Config, student: Llava, teacher: Llava | None, dataset:
     return lines
 
 
-def put_on(device: torch.device, batch: dict) -> dict:
+def to_device(device: torch.device, batch: dict) -> dict:
     return {key: None if value is None else value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -628,7 +627,7 @@ def count_batch(micro: list[dict], student: Llava, config: Config) -> dict[str, 
         total["distilled"] += int(predicted(batch, student, config).sum())
         total["rows"] += rows
         total["pairs"] += rows // 2 if config.stage == "pd" else 0
-        total["tokens"] += int(student.real_positions(batch["input_ids"]).sum())
+        total["tokens"] += int(student.valid_positions(batch["input_ids"]).sum())
     return total
 
 
@@ -642,12 +641,12 @@ def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
     return found
 
 
-def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.RowData, ranks: parallel.Ranks) -> str:
-    """The rest of a NotFinite's line: which part of the loss, whose gradient, which rows."""
+def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.RowData, ranks: distributed.Dist) -> str:
+    """The rest of a UserError's line: which part of the loss, whose gradient, which rows."""
     parts = {name: value for name, value in sums.items() if name in DIVISOR}
     fine = [name for name, value in parts.items() if value.isfinite()]
-    broken = [not parallel.piece(p.grad).isfinite().all() for p in learns.values()]
-    broken = ranks.add_up(torch.tensor(broken, device=ranks.device).long()).tolist()
+    broken = [not distributed.local(p.grad).isfinite().all() for p in learns.values()]
+    broken = ranks.all_reduce(torch.tensor(broken, device=ranks.device).long()).tolist()
     names = [name for name, ranks_say in zip(learns, broken) if ranks_say]
 
     def some(items: list[str]) -> str:
@@ -662,13 +661,7 @@ if __name__ == "__main__":
     stop = Stop()
     stop.listen()
     try:
-        main(sys.argv[1:], stop)
-    except (ConfigError, DataError, CheckpointError, SaveError, NotFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as reason:
-        print(reason, file=sys.stderr)
-        sys.exit(reason.exit_code)
+        run(lambda argv: main(argv, stop), __doc__, DEFAULTS)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

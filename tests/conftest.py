@@ -16,7 +16,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "robustness")]
 
 WORDS = ("a the is there what do you see red blue green cup bus dog cat kite yes no two and in of image . ? , : USER ASSISTANT "
          "system user assistant you are helpful").split()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+from tools import bench
 
 
 @pytest.fixture(scope="module")

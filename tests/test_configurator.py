@@ -5,7 +5,7 @@ Everything is checked against values and messages written out by hand.
 """
 import pytest
 
-from configurator import Config, ConfigError, load_config
+from configurator import Config, UserError, load_config
 
 DEFAULTS = {"learning_rate": 1e-3, "batch_size": 32, "dry_run": False, "student": "out/align", "teacher": None,
             "max_steps": 0}
@@ -19,7 +19,7 @@ def write(folder, text, name="stage.py"):
 
 def message(argv):
     """The one line that a wrong argv is answered with."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load_config(DEFAULTS, argv)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -28,7 +28,8 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import data as data_file
-from data import (DataError, InstructionData, PreferenceData, Sampler, batches, collate, collate_pairs, load_image,
+from configurator import UserError
+from data import (InstructionData, PreferenceData, Sampler, batches, collate, collate_pairs, load_image,
                   micro_batches, parse_sources, read_rows, render, show, transform_image)
 
 
@@ -176,24 +177,24 @@ def test_empty_answer_learns_to_stop():
     (turns("\ud800"), "lone surrogate"),
 ])
 def test_bad_conversations(conversation, expected):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         render(conversation, qwen_tokenizer())
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_bad_template_or_tokenizer():
-    with pytest.raises(DataError, match="unknown template 'llama', expected one of vicuna, chatml"):
+    with pytest.raises(UserError, match="unknown template 'llama', expected one of vicuna, chatml"):
         render(turns("hi"), qwen_tokenizer(), "llama")
     bare = Tokenizer.from_str(json.dumps({**json.loads(qwen_tokenizer().to_str()), "added_tokens": []}))
-    with pytest.raises(DataError, match="does not know <image>"):
+    with pytest.raises(UserError, match="does not know <image>"):
         render(turns("<image> hi"), bare)
-    with pytest.raises(DataError, match=r"does not know <\|endoftext\|>"):
+    with pytest.raises(UserError, match=r"does not know <\|endoftext\|>"):
         render(turns("hi", "ho"), bare)
 
 
 def test_a_deep_value_is_named_too():
     deep = functools.reduce(lambda value, _: [value], range(9999), 1)
-    with pytest.raises(DataError, match="turn 0 is a list of hundreds of levels, expected"):
+    with pytest.raises(UserError, match="turn 0 is a list of hundreds of levels, expected"):
         render(deep, qwen_tokenizer())
 
 
@@ -280,11 +281,11 @@ def test_bad_image_files(tmp_path):
         if path.name.startswith("whole"):
             assert load_image(str(path)).size == (300, 200)
         else:
-            with pytest.raises(DataError) as caught:
+            with pytest.raises(UserError) as caught:
                 load_image(str(path))
             line = str(caught.value)
             assert line.startswith(f"{path}: not a readable image") and "\n" not in line
-    with pytest.raises(DataError, match="gone.jpg: no such image file"):
+    with pytest.raises(UserError, match="gone.jpg: no such image file"):
         load_image(str(tmp_path / "gone.jpg"))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def test_parse_sources():
     assert parse_sources("x:y/a.json, b.json:2") == [("x:y/a.json", 1.0), ("b.json", 2.0)]
     for text in ["", "a.json,", "a.txt", "a.json:", "a.json:half", "a.json:0", "a.json:-1", "a.json:nan", "a.json:inf",
                  "a:2"]:
-        with pytest.raises(DataError, match="expected FILE.json, FILE.jsonl or FILE.json:WEIGHT"):
+        with pytest.raises(UserError, match="expected FILE.json, FILE.jsonl or FILE.json:WEIGHT"):
             parse_sources(text)
 
 
@@ -412,9 +413,9 @@ def test_long_rows_are_cut_or_dropped_and_named(world):
     for data in middle:
         assert all(data[i]["input_ids"].count(151646) == 4 * len(data[i]["images"]) for i in range(len(data)))
 
-    with pytest.raises(DataError, match="no row left to train on: 2 of 2 rows are longer than max_length=5"):
+    with pytest.raises(UserError, match="no row left to train on: 2 of 2 rows are longer than max_length=5"):
         dataset(InstructionData, world, world(rows[:2]), max_length=5)
-    with pytest.raises(DataError, match="no row left to train on: the files are empty"):
+    with pytest.raises(UserError, match="no row left to train on: the files are empty"):
         dataset(InstructionData, world, world([]))
 
 
@@ -450,7 +451,7 @@ def test_bad_instruction_rows(world, bad, expected, name):
     if expected is None:
         assert len(dataset(InstructionData, world, file)) == 2
         return
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         dataset(InstructionData, world, file)
     line = str(caught.value)
     assert line.startswith(f"{file} row 1") and expected in line and "\n" not in line
@@ -473,7 +474,7 @@ def test_bad_instruction_rows(world, bad, expected, name):
 ])
 def test_bad_preference_rows(world, bad, expected):
     file = world([{"id": "ok", "chosen": turns("Hi", "Ho"), "rejected": turns("Hi", "No")}, bad])
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         dataset(PreferenceData, world, file)
     line = str(caught.value)
     assert line.startswith(f"{file} row 1") and expected in line and "\n" not in line
@@ -494,13 +495,13 @@ def test_bad_preference_rows(world, bad, expected):
 ])
 def test_malformed_files(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         list(read_rows(str(tmp_path / name)))
     assert str(caught.value).startswith(str(tmp_path / expected)) and "\n" not in str(caught.value)
 
 
 def test_missing_files_and_blank_lines(tmp_path):
-    with pytest.raises(DataError, match="gone.json: cannot be read .No such file or directory"):
+    with pytest.raises(UserError, match="gone.json: cannot be read .No such file or directory"):
         list(read_rows(str(tmp_path / "gone.json")))
     (tmp_path / "x.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n\n')
     assert list(read_rows(str(tmp_path / "x.jsonl"))) == [(0, 9, {"id": 1}), (11, 9, {"id": 2})]
@@ -556,7 +557,7 @@ def test_malformed_json_is_found_where_json_finds_it(tmp_path, monkeypatch, wind
         path.write_text(text, encoding="utf-8")
         with pytest.raises(json.JSONDecodeError) as theirs:
             json.loads(text)
-        with pytest.raises(DataError) as ours:
+        with pytest.raises(UserError) as ours:
             list(read_rows(str(path)))
         error, line = theirs.value, str(ours.value)
         assert line.startswith(f"{path} line {error.lineno}: malformed JSON, {error.msg} at column {error.colno}"), text
@@ -582,14 +583,14 @@ def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
     assert len(other) < len(first) and max(other.lengths) == 45 < first.lengths[1]
     assert again.fingerprint == first.fingerprint != other.fingerprint
 
-    with pytest.raises(DataError, match="no \"chosen\""):  # another kind of row has another index
+    with pytest.raises(UserError, match="no \"chosen\""):  # another kind of row has another index
         dataset(PreferenceData, world, file)
     assert list(world.folder.glob("*.index")) == [index] and not list(world.folder.glob("*.tmp"))
     assert capsys.readouterr().err == ""
 
     stat = Path(file).stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    with pytest.raises(DataError, match=f"^{file}: changed since it was indexed; start again"):
+    with pytest.raises(UserError, match=f"^{file}: changed since it was indexed; start again"):
         first[0]
     assert dataset(InstructionData, world, file).fingerprint == first.fingerprint  # same content, newer time
     assert len(calls) == 20
@@ -597,7 +598,7 @@ def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
     world(MIXED[:2])
     assert dataset(InstructionData, world, file).fingerprint != first.fingerprint
     Path(file).unlink()
-    with pytest.raises(DataError, match="rows.json: cannot be read .No such file"):
+    with pytest.raises(UserError, match="rows.json: cannot be read .No such file"):
         dataset(InstructionData, world, file)
 
 
@@ -640,7 +641,7 @@ def test_a_file_that_changes_under_our_hands_is_not_indexed(world, monkeypatch):
     file, calls = world(MIXED[1:3]), itertools.count(1)
     touch = lambda *args, **more: os.utime(file, (0, next(calls))) or render(*args, **more)
     monkeypatch.setattr(data_file, "render", touch)
-    with pytest.raises(DataError, match="changed while it was being indexed; start again when it is complete"):
+    with pytest.raises(UserError, match="changed while it was being indexed; start again when it is complete"):
         dataset(InstructionData, world, file)
     assert not list(world.folder.glob("rows.json.*"))
 
@@ -656,7 +657,7 @@ def test_progress_is_told_every_few_seconds(world, monkeypatch, capsys):
 
 def test_a_folder_that_takes_no_index(world):
     file = world([row(0, "Hi", "Ho")], "x" * 245 + ".json")  # with more behind it the name is too long for a file
-    with pytest.raises(DataError, match="no index can be written beside it .File name too long.; make the folder"):
+    with pytest.raises(UserError, match="no index can be written beside it .File name too long.; make the folder"):
         dataset(InstructionData, world, file)
 
 
@@ -684,7 +685,7 @@ def test_samples_are_those_of_the_plain_definition(world, kind, rows, max_length
             expected.append((number, kept, len([images] if isinstance(images, str) else images)))
     try:
         data = dataset(kind, world, world(rows), max_length=max_length)
-    except DataError as error:
+    except UserError as error:
         assert not expected and "no row left to train on" in str(error)
         return
     assert len(data) == len(expected) and any(f"{silent} of {len(rows)}" in note for note in data.notes) == (silent > 0)
@@ -811,22 +812,22 @@ def test_a_resumed_run_must_have_the_same_order():
             (Sampler([5] * 20, 5, seed=1, sources=[(0, 20, 0.5)]), "had batch_size=4, this one has batch_size=5"),
             (Sampler([5] * 21, 4, seed=1, sources=[(0, 21, 0.5)]), "had rows=20, this one has rows=21"),
             (Sampler([5] * 20, 4, seed=1), "had sources=")]:
-        with pytest.raises(DataError, match=expected):
+        with pytest.raises(UserError, match=expected):
             sampler.load_state_dict(state)
 
 
 def test_too_few_rows_and_impossible_sizes():
-    with pytest.raises(DataError, match="an epoch has 7 rows, fewer than batch_size=8"):
+    with pytest.raises(UserError, match="an epoch has 7 rows, fewer than batch_size=8"):
         Sampler([5] * 7, 8)
-    with pytest.raises(DataError, match="an epoch has 5 rows"):
+    with pytest.raises(UserError, match="an epoch has 5 rows"):
         Sampler([5] * 10, 8, sources=[(0, 10, 0.5)])
-    with pytest.raises(DataError, match="batch_size=0, expected at least 1"):
+    with pytest.raises(UserError, match="batch_size=0, expected at least 1"):
         Sampler([5] * 7, 0)
-    with pytest.raises(DataError, match="seed=-1, expected at least 0"):
+    with pytest.raises(UserError, match="seed=-1, expected at least 0"):
         Sampler([5] * 7, 2, seed=-1)
-    with pytest.raises(DataError, match="micro_batch_size=0, expected at least 1"):
+    with pytest.raises(UserError, match="micro_batch_size=0, expected at least 1"):
         micro_batches([1, 2], 0)
-    with pytest.raises(DataError, match="=32 is not a multiple of micro_batch_size=4 x 3 ranks = 12; try batch_size=36"):
+    with pytest.raises(UserError, match="=32 is not a multiple of micro_batch_size=4 x 3 ranks = 12; try batch_size=36"):
         micro_batches(list(range(32)), 4, rank=0, world_size=3)
 
 
@@ -872,7 +873,7 @@ def test_an_image_that_breaks_later_is_one_line_from_a_worker_too(world, num_wor
     data = numbered_rows(world)
     (world.folder / "a.png").write_bytes(b"\x89PNG and then nothing")
     sampler = Sampler(data.lengths, 4, seed=0)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         for _ in batches(data, sampler, 2, 0, 1, 0, 3, num_workers, functools.partial(collate, pad_token_id=0)):
             pass
     line = str(caught.value)
@@ -895,7 +896,7 @@ def kill_this_process(samples):
 
 def test_a_killed_worker_is_one_line_and_no_hang(world):
     data = numbered_rows(world)
-    with pytest.raises(DataError, match=r"^a process that reads the data died \(DataLoader worker .*num_workers$"):
+    with pytest.raises(UserError, match=r"^a process that reads the data died \(DataLoader worker .*num_workers$"):
         list(batches(data, Sampler(data.lengths, 4), 2, 0, 1, 0, 3, 1, kill_this_process))
 
 

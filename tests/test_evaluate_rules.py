@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from evaluate import (AMBER, CONTRACTIONS, CocoWords, EvaluationError, MMBench, MME, MMHal, POPE, SYNONYMS, ScienceQA,
+from configurator import UserError
+from evaluate import (AMBER, CONTRACTIONS, CocoWords, MMBench, MME, MMHal, POPE, SYNONYMS, ScienceQA,
                       TextVQA, lemma, markdown, normalise, our_row, question_of, soft_accuracy)
 
 
@@ -141,7 +142,7 @@ def test_textvqa_finds_the_question_in_the_prompt(prompt):
 
 @pytest.mark.parametrize("prompt", ["What?", "a\nb\nc", "a\nb\nReference OCR token: c", "a\nb\nc\nd"])
 def test_textvqa_prompt_of_another_form(prompt):
-    with pytest.raises(EvaluationError, match="here: cannot tell the question"):
+    with pytest.raises(UserError, match="here: cannot tell the question"):
         TextVQA.question_in(prompt, "here")
 
 

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import by_chunks, cross_entropy, forward_kl, forward_kl_top_k, hinge, ipo, kto_pair, preference
+from engine import chunked
+from engine.chunked import chunked_loss
+from losses import cross_entropy, forward_kl, forward_kl_top_k, hinge, ipo, kto_pair, preference
 
 
 def softmax(row):
@@ -104,7 +106,7 @@ def test_top_k_kl_is_finite_when_the_student_leaves_nothing_to_the_tail():
 # By chunks: the definition is the same loss on all logits at once, in fp64
 
 def objectives(targets, teacher_hidden, teacher_weight):
-    """Every loss that train.py minimises, as `by_chunks` takes it. The teacher's vocabulary is wider by padding."""
+    """Every loss that train.py minimises, as `chunked_loss` takes it. The teacher's vocabulary is wider by padding."""
     def ce(logits, part):
         each = cross_entropy(logits, targets[part])
         return each, [each]
@@ -142,7 +144,7 @@ def test_chunks_equal_the_plain_formula(name, chunk, trained, monkeypatch):
         return values, terms, *grads
 
     plain = run(lambda hidden, weight: (lambda out: (out[0], torch.stack(out[1])))(loss(F.linear(hidden, weight), slice(0, N))))
-    chunked = run(lambda hidden, weight: by_chunks(hidden, weight, loss, chunk))
+    chunked = run(lambda hidden, weight: chunked_loss(hidden, weight, loss, chunk))
     for a, b in zip(chunked, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
@@ -153,13 +155,13 @@ def test_chunks_with_a_frozen_head_may_weigh_tokens_as_they_like():
     loss = objectives(targets, None, None)["logprob"]
     by = lambda values: preference(values[:3].sum()[None], values[3:].sum()[None], torch.zeros(1), torch.zeros(1)).sum()
     plain, = torch.autograd.grad(by(loss(F.linear(hidden, weight), slice(0, 7))[0]), hidden)
-    chunked, = torch.autograd.grad(by(by_chunks(hidden, weight, loss, 2)[0]), hidden)
+    chunked, = torch.autograd.grad(by(chunked_loss(hidden, weight, loss, 2)[0]), hidden)
     torch.testing.assert_close(chunked, plain, atol=1e-7, rtol=0)     # the preference itself is fp32
 
 
 def test_chunks_with_a_trained_head_refuse_unequal_weights():
     hidden, weight, targets = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True), torch.randint(5, (4,))
-    values, _ = by_chunks(hidden, weight, objectives(targets, None, None)["ce"])
+    values, _ = chunked_loss(hidden, weight, objectives(targets, None, None)["ce"])
     with pytest.raises(ValueError, match="plain sum"):
         (values * torch.arange(4.0)).sum().backward()
 
@@ -172,7 +174,7 @@ def test_chunks_in_bf16_equal_the_plain_formula_in_bf16(rows, monkeypatch):
     loss = objectives(torch.randint(40, (8,)), None, None)["ce"]
     with torch.autocast("cpu", torch.bfloat16):
         plain = loss(F.linear(hidden, weight), slice(0, 8))[0]
-        chunked, _ = by_chunks(hidden, weight, loss, 3)
+        chunked, _ = chunked_loss(hidden, weight, loss, 3)
     torch.testing.assert_close(chunked, plain, atol=0, rtol=0)
     for a, b in zip(torch.autograd.grad(chunked.sum(), (hidden, weight)), torch.autograd.grad(plain.sum(), (hidden, weight))):
         assert a.dtype == b.dtype == torch.float32
@@ -197,8 +199,8 @@ def test_chunks_never_hold_the_logits_of_all_tokens(trained, monkeypatch):
     hidden, weight = torch.randn(64, 3, requires_grad=True), torch.randn(1000, 3, requires_grad=trained)
     loss = objectives(torch.randint(1000, (64,)), torch.randn(64, 3), torch.randn(1000, 3))["both"]
     with Largest() as largest:
-        by_chunks(hidden, weight, loss, 4)[0].sum().backward()
-    assert largest.rows == 4 * losses.PER_PRODUCT < len(hidden)
+        chunked_loss(hidden, weight, loss, 4)[0].sum().backward()
+    assert largest.rows == 4 * chunked.PER_PRODUCT < len(hidden)
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import torch
 from conftest import loud, make_clip, make_qwen
 from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration, Qwen2ForCausalLM
 
-from model import DECODERS, CheckpointError, Llava, LlavaConfig, VisionConfig, rotary, save_tensors
+from configurator import UserError
+from engine.hf import save_tensors
+from model import DECODERS, Llava, LlavaConfig, VisionConfig, rotary
 from moe import upcycle
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
@@ -27,7 +29,7 @@ def batch_of(llava, seed=0):
     return ids, torch.randn(3, 3, 28, 28), [len(row) for row in rows]
 
 
-def real_positions(lengths, T):
+def valid_positions(lengths, T):
     return torch.arange(T)[None] < torch.tensor(lengths)[:, None]
 
 
@@ -93,7 +95,7 @@ def test_transformers_opens_our_folder(tmp_path, clip_folder, qwen_folder, kind)
     theirs, report = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, pixels, lengths = batch_of(ours)
-    real = real_positions(lengths, ids.shape[1])
+    real = valid_positions(lengths, ids.shape[1])
     with torch.no_grad():
         expected = theirs.eval()(input_ids=ids, pixel_values=pixels, attention_mask=real.long()).logits
         torch.testing.assert_close(ours(ids, pixels)[real], expected[real], **TOLERANCE)
@@ -225,7 +227,7 @@ def test_future_tokens_and_padding_change_nothing(clip_folder, qwen_folder):
     torch.testing.assert_close(llava(changed, pixels)[0, :13], logits[0, :13], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(llava(changed, pixels)[0, 13:], logits[0, 13:], atol=1e-2)
     longer = torch.cat([ids, ids.new_full((3, 7), llava.config.pad_token_id)], dim=1)
-    real = real_positions(lengths, ids.shape[1])
+    real = valid_positions(lengths, ids.shape[1])
     torch.testing.assert_close(llava(longer, pixels)[:, :ids.shape[1]][real], logits[real], atol=1e-5, rtol=1e-5)
     alone = llava(ids[1:2, :lengths[1]])                             # the text-only row by itself
     torch.testing.assert_close(alone[0], logits[1, :lengths[1]], atol=1e-5, rtol=1e-5)
@@ -349,6 +351,6 @@ def test_bad_checkpoints_end_in_one_line(tmp_path, clip_folder, qwen_folder, nam
     Llava.from_parts(clip_folder, qwen_folder).save_pretrained(tmp_path)
     spoil, message = BAD[name]
     spoil(tmp_path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         Llava.from_pretrained(tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import parallel
 import train
+from engine import distributed
 from kill_study import ended, start
 from test_train import STAGES, flags, records
 
@@ -23,18 +23,18 @@ from test_train import STAGES, flags, records
 def on_ranks(nproc: int, world: Path, runs: list[dict]) -> None:
     """The runs one after another on so many ranks, which note in out_dir/digests what each one's weights were at the end."""
     def work(rank: int) -> None:
-        seen, spread = {}, parallel.spread
+        seen, spread = {}, distributed.parallelize
 
         def watched(objective, ranks, *rest, **more):
             seen["student"], seen["ranks"] = objective.student, ranks
             return spread(objective, ranks, *rest, **more)
 
-        parallel.spread = watched
+        distributed.parallelize = watched
         for settings in runs:
             train.main(flags(world, **settings))
             digest = hashlib.sha256()
             for name, parameter in sorted(seen["student"].named_parameters()):
-                digest.update(parallel.whole(parameter.detach()).float().numpy().tobytes())
+                digest.update(distributed.full(parameter.detach()).float().numpy().tobytes())
             digests = seen["ranks"].everybody(digest.hexdigest())
             if rank == 0:
                 (Path(settings["out_dir"]) / "digests").write_text(json.dumps(digests))

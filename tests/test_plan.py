@@ -20,12 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # for the two ranks that the last test starts
 
-import parallel
-import losses
-import plan
+from engine import chunked, distributed
+from tools import plan
 import train
-from configurator import Config, load_config
-from model import DECODERS, CheckpointError, DecoderConfig, Llava, LlavaConfig, VisionConfig
+from configurator import Config, UserError, load_config
+from model import DECODERS, DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import upcycle
 
 STAGES = ["align", "sft", "d2d", "d2s", "pd"]
@@ -63,7 +62,7 @@ def run_pass(config, objective, student, teacher, batch, between=lambda what: No
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
         features = train.image_features(student, batch, config.stage)
         between("ViT")
-        reference = train.ask_teacher(teacher, batch, features, config) if teacher is not None else None
+        reference = train.teacher_reference(teacher, batch, features, config) if teacher is not None else None
         between("teacher")
         loss, _ = objective(batch, features, reference, {"response": 9, "distilled": 9, "rows": 2, "pairs": 1})
         between("forward")
@@ -117,13 +116,13 @@ def test_folders_that_are_not_there_yet_may_bear_a_published_name(tmp_path):
 @pytest.mark.parametrize("keys", [dict(student="Qwen/Qwen3"), dict(vision=plan.TOWER, llm="Qwen/Qwen3"),
                                   dict(vision="clip", llm="Qwen/Qwen2-0.5B")])
 def test_a_name_that_is_neither_folder_nor_published(keys):
-    with pytest.raises(CheckpointError, match="Qwen3: is neither a .* folder .* nor, for a dry run, one of Qwen/"
+    with pytest.raises(UserError, match="Qwen3: is neither a .* folder .* nor, for a dry run, one of Qwen/"
                                               "|clip: is not openai/clip"):
         plan.report(Config(train.DEFAULTS, stage="align", **keys), 1)
 
 
 def test_a_dense_folder_has_no_experts_to_train(world):
-    with pytest.raises(CheckpointError, match="dense: is dense, and stage pd trains experts"):
+    with pytest.raises(UserError, match="dense: is dense, and stage pd trains experts"):
         plan.build(Config(train.DEFAULTS, stage="pd", student=str(world / "dense"), teacher=str(world / "teacher")))
 
 
@@ -148,7 +147,7 @@ def add_product(total, a, b, **_):
 
 
 # torch's counter knows the attention kernels of GPUs only, and counts them as if nothing was masked; we count the half
-# that causality leaves. Nor does it know the product added in place, with which by_chunks sums up the head's gradient.
+# that causality leaves. Nor does it know the product added in place, with which chunked_loss sums up the head's gradient.
 KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
            torch.ops.aten.addmm_: add_product}
@@ -169,7 +168,7 @@ def test_flops_are_those_that_torch_counts(stage, checkpointing):
     head, theirs = expected["student backward"]["head"], 0
     if stage in ("d2d", "d2s"):
         theirs = expected["teacher forward"]["head"]
-    # by_chunks asks for the teacher's logits, and takes the gradients of the student's, while the student runs forward.
+    # chunked_loss asks for the teacher's logits, and takes the gradients of the student's, while the student runs forward.
     assert ViT == pytest.approx(expected["ViT"].total(), rel=1e-3)
     assert asking == pytest.approx(expected["teacher forward"].total() - theirs, rel=1e-3)
     assert forward == pytest.approx(expected["student forward"].total() + head + theirs, rel=1e-3)
@@ -243,7 +242,7 @@ def be_like_a_gpu(set_attribute):
     set_attribute(F, "rms_norm", lambda x, shape, weight, eps: NormOnGPU.apply(x, weight, eps))
     set_attribute(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None, is_causal=False, enable_gqa=False:
                   AttentionOnGPU.apply(q, k, v, is_causal))
-    set_attribute(plan, "CHUNK", {"cuda": losses.CHUNK["cpu"]})           # plan counts on a GPU
+    set_attribute(plan, "CHUNK", {"cuda": chunked.CHUNK["cpu"]})           # plan counts on a GPU
 
 
 def passing(items):
@@ -296,20 +295,20 @@ def test_two_ranks_hold_what_is_planned():
 
 def two_ranks():
     be_like_a_gpu(setattr)
-    ranks = parallel.join("cpu")
+    ranks = distributed.init_distributed("cpu")
     for stage, how in (("sft", "ddp"), ("sft", "fsdp"), ("d2s", "fsdp")):
         config, student, teacher, batch, shape = make(stage, parallel=how, checkpointing=True)
         items = plan.memory(student, teacher, config, 2, shape)
-        objective, optimizer = parallel.spread(train.Objective(student, config), ranks, how, torch.bfloat16, lr=1e-5)
+        objective, optimizer = distributed.parallelize(train.Objective(student, config), ranks, how, torch.bfloat16, lr=1e-5)
         for _ in range(2):                                           # in the second, DDP arranges its buckets anew
             run_pass(config, objective, student, teacher, batch)
         models = [student] if teacher is None else [student, teacher]
-        weights = {id(p): parallel.piece(p) for model in models for p in model.parameters()}
-        grads = [parallel.piece(p.grad) for p in student.parameters() if p.grad is not None]
+        weights = {id(p): distributed.local(p) for model in models for p in model.parameters()}
+        grads = [distributed.local(p.grad) for p in student.parameters() if p.grad is not None]
         with Live(*weights.values(), *grads) as live:
             run_pass(config, objective, student, teacher, batch)
         optimizer.step()
-        Adam = [parallel.piece(state[key]) for state in parallel.local_optimizer(optimizer).state.values()
+        Adam = [distributed.local(state[key]) for state in distributed.local_optimizer(optimizer).state.values()
                 for key in ("exp_avg", "exp_avg_sq")]
         # Pieces are not all of one size: where the rows of a matrix do not divide, rank 0 has one more.
         assert max(ranks.everybody(plan.size_of(Adam))) == pytest.approx(items["Adam's averages, fp32"], rel=0.01)
@@ -344,7 +343,7 @@ def test_the_2b_students_dense_distillation_worked_by_hand():
     arithmetic    2 x 826 positions a row x 24 (4 x 2048^2 + 3 x 2048 x 5504) = 2.006 TFLOPs in the blocks' matrices,
                   twice that backward; a step has 128 rows.
     """
-    recipe = str(Path(plan.__file__).parent / "config/d2d.py")
+    recipe = str(Path(plan.__file__).parents[1] / "config/d2d.py")
     config = load_config(train.DEFAULTS, [recipe, "--student=Qwen/Qwen1.5-1.8B", "--teacher=Qwen/Qwen1.5-7B"])
     student, teacher = plan.build(config)
     items = plan.memory(student, teacher, config, 16, plan.longest_rows(config))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import sample
-from data import DataError, load_image, render, transform_image
-from model import CheckpointError, Llava
+from configurator import UserError
+from data import load_image, render, transform_image
+from model import Llava
 
 SCRIPT = str(Path(sample.__file__))
 
@@ -40,9 +41,9 @@ def test_a_conversation_keeps_its_turns(world, capsys, monkeypatch):
 
 
 def test_bad_input(world):
-    with pytest.raises(DataError, match="nowhere.png"):
+    with pytest.raises(UserError, match="nowhere.png"):
         sample.main([f"--model={world / 'dense'}", "--image=nowhere.png", "--prompt=a"])
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         sample.main(["--model=nowhere", "--prompt=a"])
     done = subprocess.run([sys.executable, SCRIPT, "--model=nowhere", "--prompt=a"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere/config.json") and done.stderr.count("\n") == 1

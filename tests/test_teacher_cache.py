@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import teacher_cache
 import train
-from data import DataError
+from configurator import UserError
+from engine import teacher_cache
 from model import Llava
-from teacher_cache import TeacherCache, digest_of_folder, top_k
+from engine.teacher_cache import TeacherCache, digest_of_folder, top_k
 from test_train import flags, records, run
 
 VOCABULARY = 64     # of the student; the teacher's 128 rows end in padding
@@ -73,8 +73,8 @@ def test_an_interrupted_filling_goes_on_and_two_processes_share_it(world, tmp_pa
     before = {path: path.read_bytes() for path in pieces}
     pieces[1].unlink()
     asked = []
-    original = train.dictate
-    monkeypatch.setattr(train, "dictate", lambda teacher, batch, *rest: asked.append(len(batch["mask"])) or
+    original = train.teacher_targets
+    monkeypatch.setattr(train, "teacher_targets", lambda teacher, batch, *rest: asked.append(len(batch["mask"])) or
                         original(teacher, batch, *rest))
     train.main(flags(world, "d2s", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache"))
     assert sum(asked) == 10 and {path: path.read_bytes() for path in pieces} == before
@@ -98,7 +98,7 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(world, tmp_path,
             teacher.adaptor.linear_1.weight.mul_(1.01)
         teacher.save_pretrained(tmp_path / "other")
         change = dict(teacher=tmp_path / "other")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         train.main(flags(world, "d2d", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache", **change))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
@@ -107,9 +107,9 @@ def test_a_damaged_piece_and_a_teacher_that_is_not_there(world, tmp_path):
     train.main(flags(world, "d2d", tmp_path / "a", max_steps=1, teacher_cache=tmp_path / "cache"))
     piece = tmp_path / "cache" / "rows-000000000.safetensors"
     piece.write_bytes(piece.read_bytes()[:-100])
-    with pytest.raises(DataError, match="rows-000000000.safetensors: cannot be read .* delete it"):
+    with pytest.raises(UserError, match="rows-000000000.safetensors: cannot be read .* delete it"):
         train.main(flags(world, "d2d", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache"))
-    with pytest.raises(DataError, match="the teacher that could fill it is not here"):
+    with pytest.raises(UserError, match="the teacher that could fill it is not here"):
         train.main(flags(world, "d2d", tmp_path / "c", max_steps=1, teacher_cache=tmp_path / "new", teacher=tmp_path / "no"))
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-import tiny
+from tiny import __main__ as tiny
 from data import InstructionData, PreferenceData, render, transform_image
 from model import Llava
 

@@ -257,8 +257,8 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize("change, message", BAD_SETTINGS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_bad_settings_end_in_one_line(world, tmp_path, change, message):
     """In-process for speed: the same errors as the command line's, whose exit code the next test checks."""
-    from configurator import ConfigError
-    with pytest.raises((ConfigError, train.DataError, train.CheckpointError)) as caught:
+    from configurator import UserError
+    with pytest.raises((UserError, train.UserError, train.UserError)) as caught:
         train.main(flags(world, **(dict(stage="d2s", out_dir=tmp_path / "out") | change)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -274,12 +274,12 @@ def test_teacher_of_another_tokenizer_or_template_is_refused(world, tmp_path):
     teacher = Llava.from_pretrained(world / "teacher")
     teacher.tokenizer.add_tokens(["zebra"])
     teacher.save_pretrained(tmp_path / "words")
-    with pytest.raises(train.CheckpointError, match="their tokenizers differ"):
+    with pytest.raises(train.UserError, match="their tokenizers differ"):
         train.main(flags(world, "d2d", tmp_path / "out", teacher=tmp_path / "words"))
     teacher = Llava.from_pretrained(world / "teacher")
     teacher.config.template = "chatml"
     teacher.save_pretrained(tmp_path / "chatml")
-    with pytest.raises(train.CheckpointError, match="template is 'chatml' and 'vicuna'"):
+    with pytest.raises(train.UserError, match="template is 'chatml' and 'vicuna'"):
         train.main(flags(world, "d2d", tmp_path / "out", teacher=tmp_path / "chatml"))
 
 
@@ -290,7 +290,7 @@ def test_dry_run_reads_the_data_and_no_weights(world, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert "stage d2s on 2 GPUs, 8 rows a step" in said and "12 steps of" in said            # 3 x 32 rows / 8
     assert "rows.json" in said and "32 rows" in said and not (tmp_path / "out").exists()
-    with pytest.raises(train.CheckpointError, match="nor, for a dry run, one of Qwen/Qwen1.5-0.5B"):
+    with pytest.raises(train.UserError, match="nor, for a dry run, one of Qwen/Qwen1.5-0.5B"):
         train.main(flags(world, "d2s", tmp_path / "out", teacher=tmp_path / "nowhere", dry_run=True))
 
 

@@ -1,5 +1,5 @@
 """
-How one step is spread over several GPUs.
+How one step is parallelize over several GPUs.
 
 torchrun starts one process per GPU, a rank. Every rank runs this same program on its own share of each batch, and once
 per step the ranks add up their gradients, so that together they do what one GPU with a huge memory would have done.
@@ -35,7 +35,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import ConfigError
+from configurator import UserError
 from moe import SparseFFN
 
 
@@ -43,10 +43,10 @@ from moe import SparseFFN
 # Who is here
 
 @dataclass
-class Ranks:
+class Dist:
     """This process among its peers. With one process alone every method is a formality.
 
-    All but `add_up` use the control plane; the ranks call them in the same order, never one inside another.
+    All but `all_reduce` use the control plane; the ranks call them in the same order, never one inside another.
     """
     rank: int
     local_rank: int                        # among the ranks of this machine
@@ -54,13 +54,13 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup | None      # the control plane; None: alone
 
-    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place. Over the fast connection: for every step."""
         if self.control:
             dist.all_reduce(values)
         return values
 
-    def everybody(self, value: object) -> list:
+    def all_gather(self, value: object) -> list:
         """What each rank has to say, in the order of ranks."""
         said = [value]
         if self.control:
@@ -68,46 +68,46 @@ class Ranks:
             dist.all_gather_object(said, value, group=self.control)
         return said
 
-    def rank_0_says(self, work: Callable) -> object:
+    def broadcast_from_rank0(self, work: Callable) -> object:
         """work() done by rank 0 alone, its result known to all."""
-        with self.fail_together():
+        with self.sync_errors():
             result = work() if self.rank == 0 else None
-        return self.everybody(result)[0]
+        return self.all_gather(result)[0]
 
     @contextmanager
-    def fail_together(self) -> Iterator[None]:
+    def sync_errors(self) -> Iterator[None]:
         """If the block fails on any rank, all end here: the first that failed with its error, the others quietly."""
         error = None
         try:
             yield
         except Exception as caught:
             error = caught
-        failed = [rank for rank, says_so in enumerate(self.everybody(error is not None)) if says_so]
+        failed = [rank for rank, says_so in enumerate(self.all_gather(error is not None)) if says_so]
         if failed and failed[0] == self.rank:
             raise error
         if failed:
             raise SystemExit(2)
 
-    def one_per_machine_first(self, work: Callable) -> object:
+    def local_rank0_first(self, work: Callable) -> object:
         """work() on one rank of each machine, then on the rest, which find what it left on the disk."""
         for first in (True, False):
-            with self.fail_together():
+            with self.sync_errors():
                 if (self.local_rank == 0) == first:
                     result = work()
         return result
 
-    def agree(self, facts: dict[str, object]) -> None:
-        """End all ranks with a ConfigError if they do not hold the same facts, such as settings or a file's digest."""
-        everybody = self.everybody(facts)
-        with self.fail_together():
+    def assert_same(self, facts: dict[str, object]) -> None:
+        """End all ranks with a UserError if they do not hold the same facts, such as settings or a file's digest."""
+        everybody = self.all_gather(facts)
+        with self.sync_errors():
             for key, value in everybody[0].items():
                 for rank, theirs in enumerate(everybody):
                     if theirs.get(key) != value:
-                        raise ConfigError(f"{key} is {value!r} on rank 0, but {theirs.get(key)!r} on rank {rank}; every "
+                        raise UserError(f"{key} is {value!r} on rank 0, but {theirs.get(key)!r} on rank {rank}; every "
                                           "rank has to run the same command on the same files")
 
 
-def join(device: str) -> Ranks:
+def init_distributed(device: str) -> Dist:
     """Find the other ranks, which torchrun has told us of in the environment. `device`: cpu, cuda or "" (choose)."""
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -128,13 +128,13 @@ def join(device: str) -> Ranks:
             dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world_size,
                                     device_id=device if use_cuda else None)
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    return Ranks(rank, local_rank, world_size, device, control)
+    return Dist(rank, local_rank, world_size, device, control)
 
 
 # -----------------------------------------------------------------------------
 # Who computes and keeps what
 
-def spread(objective: nn.Module, ranks: Ranks, parallel: str, dtype: torch.dtype,
+def parallelize(objective: nn.Module, ranks: Dist, parallel: str, dtype: torch.dtype,
            **settings) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The objective as every rank runs it, and AdamW (with `settings`) over its share of what learns.
 
@@ -142,7 +142,7 @@ def spread(objective: nn.Module, ranks: Ranks, parallel: str, dtype: torch.dtype
     """
     optimizer = torch.optim.AdamW
     if ranks.world_size > 1 and parallel == "fsdp":
-        shard(objective, ranks, dtype)
+        apply_fsdp(objective, ranks, dtype)
     elif ranks.world_size > 1:
         objective = DistributedDataParallel(objective, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                                             gradient_as_bucket_view=True)
@@ -151,7 +151,7 @@ def spread(objective: nn.Module, ranks: Ranks, parallel: str, dtype: torch.dtype
     return objective, optimizer(learns, fused=True, **settings)
 
 
-def shard(objective: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+def apply_fsdp(objective: nn.Module, ranks: Dist, dtype: torch.dtype) -> None:
     """FSDP: cut every weight into `world_size` pieces. What is sharded together is also put together at one time."""
     low = MixedPrecisionPolicy(cast_forward_inputs=False)            # inputs as they are: rotary angles need fp32
     if dtype == torch.bfloat16:
@@ -171,7 +171,7 @@ def shard(objective: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
                 ignored_params=set(student.vision.parameters()))
 
 
-def keep_gradients_local(objective: nn.Module):
+def no_sync(objective: nn.Module):
     """While gradients pile up over micro-batches, DDP's ranks need not exchange them; the last pass does.
 
     FSDP's do so each time, because a rank has no room for the gradients of the whole model.
@@ -182,33 +182,33 @@ def keep_gradients_local(objective: nn.Module):
 # -----------------------------------------------------------------------------
 # Whole tensors by name, however they are kept: what is saved, and what is read back
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which FSDP's ranks have a piece each. Every rank has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def piece(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tensors: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
+def gather(tensors: dict[str, torch.Tensor], ranks: Dist) -> dict[str, torch.Tensor]:
     """Every tensor whole in rank 0's CPU memory, put together one at a time; the other ranks get {}."""
     gathered = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
+        tensor = full(tensor.detach())
         if ranks.rank == 0:
             gathered[name] = tensor.cpu()
     return gathered
 
 
 def gather_adam(learns: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-                ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+                ranks: Dist) -> dict[str, dict[str, torch.Tensor]]:
     """{parameter name: {"step", "exp_avg", "exp_avg_sq"}} on rank 0, {} on the others."""
     local = local_optimizer(optimizer)
     owners = {}                                                      # ZeRO: exactly one rank has a parameter's averages
     if local is not optimizer:
-        for rank, names in enumerate(ranks.everybody([name for name, p in learns.items() if p in local.state])):
+        for rank, names in enumerate(ranks.all_gather([name for name, p in learns.items() if p in local.state])):
             owners |= dict.fromkeys(names, rank)
     adam = {}
     for name, parameter in learns.items():
@@ -217,7 +217,7 @@ def gather_adam(learns: dict[str, nn.Parameter], optimizer: torch.optim.Optimize
     return adam
 
 
-def fetch_adam(state: dict, parameter: nn.Parameter, owner: int, ranks: Ranks) -> dict[str, torch.Tensor]:
+def fetch_adam(state: dict, parameter: nn.Parameter, owner: int, ranks: Dist) -> dict[str, torch.Tensor]:
     """One parameter's averages from the rank that has them to rank 0."""
     fetched = {}
     for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
@@ -235,18 +235,18 @@ def restore(learns: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, w
     local = local_optimizer(optimizer)
     mine = {parameter for group in local.param_groups for parameter in group["params"]}
     for name, parameter in learns.items():
-        parameter.data.copy_(share(weights[name], parameter))
+        parameter.data.copy_(shard(weights[name], parameter))
         if parameter in mine:
             local.state[parameter] = {"step": adam[name]["step"].to(parameter.device, copy=True)}
             for key in ("exp_avg", "exp_avg_sq"):
-                local.state[parameter][key] = torch.zeros_like(parameter).copy_(share(adam[name][key], parameter))
+                local.state[parameter][key] = torch.zeros_like(parameter).copy_(shard(adam[name][key], parameter))
 
 
-def share(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+def shard(full: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """What this rank keeps of a tensor that is shaped like the parameter: all, or with FSDP its piece."""
     if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return full
+    return distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

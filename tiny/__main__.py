@@ -43,9 +43,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from data import TEMPLATES, DataError, pad_right, render, transform_image
-from model import (IMAGE_TOKEN, TOWERS, CheckpointError, DecoderConfig, Llava, LlavaConfig, VisionConfig, config_files,
-                   published_key, save_tensors, write_file)
+from configurator import UserError
+from data import TEMPLATES, pad_right, render, transform_image
+from engine.files import write_text as write_file
+from engine.hf import IMAGE_TOKEN, TOWERS, config_files, published_key, save_tensors
+from model import DecoderConfig, Llava, LlavaConfig, VisionConfig
 
 SIZES = {                # scenes per split
     "teacher": 6000,     # the teacher's fine-tuning
@@ -958,7 +960,7 @@ def report(out_dir):
     def results_of(judged, name):
         path = out_dir / judged / name / "results.json"
         if not path.is_file():
-            raise DataError(f"{path}: no such file; run speedrun.sh, which judges every model")
+            raise UserError(f"{path}: no such file; run speedrun.sh, which judges every model")
         return json.loads(path.read_text())
 
     columns = ["POPE F1", "yes %", *QUESTION_KINDS, "mean of 4", "halluc. resp.", "halluc. ment.", "coverage"]
@@ -1002,7 +1004,7 @@ def make(part, out_dir, seed=0, scale=1.0):
         found = json.loads(record.read_text())
         for key, value in settings.items():
             if found.get(key) != value:
-                raise DataError(f"{record}: {part} was made with {key}={found.get(key)}, now {key}={value} is asked for; "
+                raise UserError(f"{record}: {part} was made with {key}={found.get(key)}, now {key}={value} is asked for; "
                                 f"delete {out_dir} or choose another --out_dir")
         print(f"{part}: made earlier, nothing to do")
         return found
@@ -1034,10 +1036,10 @@ def main(argv=None):
             report(Path(args.report))
             return 0
         if not 0 < args.scale < float("inf"):
-            raise DataError(f"--scale={args.scale}, expected a number above 0")
+            raise UserError(f"--scale={args.scale}, expected a number above 0")
         for part in PARTS if args.part == "all" else [args.part]:
             make(part, Path(args.out_dir), args.seed, args.scale)
-    except (DataError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"tiny.py: {error}", file=sys.stderr)
         return 2
     return 0

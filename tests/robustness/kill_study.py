@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest
@@ -31,7 +31,7 @@ import train
 STEPS_PER_LIFE = 12    # a life gets this far at most, so that the run lasts for all kills
 
 
-# Ranks are forks of this process, which has imported everything already: they start in no time, and die like any process.
+# Dist are forks of this process, which has imported everything already: they start in no time, and die like any process.
 FORK = multiprocessing.get_context("fork")
 
 

@@ -28,8 +28,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import DataError, RowData, prefetch
-from model import read_json, write_file
+from configurator import UserError
+from data import RowData, prefetch
+from engine.files import read_json, write_text as write_file
 
 ROWS_PER_PIECE = 1024
 
@@ -51,7 +52,7 @@ def digest_of_folder(folder: str | Path) -> str:
 class TeacherCache:
     """The folder. cache[row] -> the teacher's tensors for that row of the dataset; a row owns some lines of each.
 
-    made_with: what the numbers depend on; it must be the same whenever the folder is opened (DataError if not). A value
+    made_with: what the numbers depend on; it must be the same whenever the folder is opened (UserError if not). A value
     that is None now is not compared: a complete cache can be used where the teacher is not at hand.
     """
 
@@ -62,10 +63,10 @@ class TeacherCache:
             self.made_with = before = read_json(record)
             for key, now in made_with.items():
                 if now is not None and before.get(key) != now:
-                    raise DataError(f"{record}: was made with {key}={before.get(key)!r}, this run has {key}={now!r}; "
+                    raise UserError(f"{record}: was made with {key}={before.get(key)!r}, this run has {key}={now!r}; "
                                     "choose another teacher_cache folder, or delete this one to fill it again")
         elif None in made_with.values():
-            raise DataError(f"{self.folder}: holds no teacher_cache.json, and the teacher that could fill it is not here")
+            raise UserError(f"{self.folder}: holds no teacher_cache.json, and the teacher that could fill it is not here")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(record, json.dumps(made_with, indent=2))
@@ -88,7 +89,7 @@ class TeacherCache:
             here = slice(first_line[row - rows.start], first_line[row - rows.start + 1])
             return {name: file.get_slice(name)[here] for name in file.keys() if name != "first_line"}
         except (OSError, SafetensorError, IndexError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); delete it, and the teacher writes it again") from None
+            raise UserError(f"{path}: cannot be read ({error}); delete it, and the teacher writes it again") from None
 
 
 class RowsWithTeacher:

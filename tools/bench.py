@@ -45,11 +45,13 @@ from torch import nn
 
 import data
 import losses
-import plan
 import train
 from configurator import Config
-from model import DECODERS, FFN, DecoderConfig, Llava, LlavaConfig, VisionConfig, write_file
+from engine import chunked
+from engine.files import write_text as write_file
+from model import DECODERS, FFN, DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN, upcycle
+from tools import plan
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 if HAS_TRANSFORMERS:
@@ -201,8 +203,8 @@ def bare_products(layers: list[tuple], dtype: torch.dtype, device: str) -> tuple
 # loss: from the last hidden states through heads of 151,936 rows to the loss, and back to the hidden states
 
 def our_loss(what: str, hidden, weight, teacher_hidden, teacher_weight, targets) -> torch.Tensor:
-    """The values of `plain_loss`, from losses.by_chunks as train.py uses it."""
-    def of_some_tokens(logits: torch.Tensor, part: slice) -> tuple:
+    """The values of `plain_loss`, from chunked.chunked_loss as train.py uses it."""
+    def chunk_loss(logits: torch.Tensor, part: slice) -> tuple:
         if what == "kl":
             with torch.no_grad():
                 teacher_logits = F.linear(teacher_hidden[part], teacher_weight)
@@ -211,10 +213,10 @@ def our_loss(what: str, hidden, weight, teacher_hidden, teacher_weight, targets)
             each = losses.cross_entropy(logits, targets[part])
         return each, [each]
 
-    each, _ = losses.by_chunks(hidden, weight, of_some_tokens)
+    each, _ = chunked.chunked_loss(hidden, weight, chunk_loss)
     if what == "logp":
         with torch.no_grad():
-            reference, _ = losses.by_chunks(teacher_hidden, teacher_weight, of_some_tokens)
+            reference, _ = chunked.chunked_loss(teacher_hidden, teacher_weight, chunk_loss)
         each = each - reference
     return each
 
@@ -416,7 +418,7 @@ def our_step(stage: str, size: dict, args: argparse.Namespace, keep: int = 0) ->
     vocabulary = student.config.text.vocab_size
     if keep:
         with autocast():
-            kept, _ = train.dictate(teacher, batch, Config(config, teacher_top_k=keep), vocabulary)
+            kept, _ = train.teacher_targets(teacher, batch, Config(config, teacher_top_k=keep), vocabulary)
         batch, teacher = batch | kept, None
 
     def run() -> list[torch.Tensor]:
@@ -424,9 +426,9 @@ def our_step(stage: str, size: dict, args: argparse.Namespace, keep: int = 0) ->
         with autocast():
             features = train.image_features(student, batch, stage)
             if keep:
-                reference = train.recall_teacher(batch, config, vocabulary)
+                reference = train.cached_reference(batch, config, vocabulary)
             else:
-                reference = train.ask_teacher(teacher, batch, features, config)
+                reference = train.teacher_reference(teacher, batch, features, config)
             loss, _ = objective(batch, features, reference, total)
             loss.backward()
         return finish_step(loss, weights, optimizer, student.adaptor.linear_2.weight)
@@ -711,14 +713,14 @@ def loss_gap(dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict]:
         for batch in batches:
             with torch.no_grad():
                 features = train.image_features(student, batch, "d2d")
-                hidden, _, _ = train.states_to_learn(student, batch, features, config)
+                hidden, _, _ = train.response_states(student, batch, features, config)
                 logits, everything, tokens = student.decoder.head(hidden), slice(0, len(hidden)), tokens + len(hidden)
                 for k in kl:
                     if k == "online":
-                        of_teacher = train.ask_teacher(teacher, batch, features, config)
+                        of_teacher = train.teacher_reference(teacher, batch, features, config)
                     else:
-                        kept, _ = train.dictate(teacher, batch, Config(config, teacher_top_k=k), V)
-                        of_teacher = train.recall_teacher(batch | kept, config, V)
+                        kept, _ = train.teacher_targets(teacher, batch, Config(config, teacher_top_k=k), V)
+                        of_teacher = train.cached_reference(batch | kept, config, V)
                     kl[k] += of_teacher(logits, everything).sum().item()
         for k in [k for k in kl if k != "online"]:
             case = f"tiny world, student after {name}, k = {k}" + " = V" * (k == V)

@@ -36,10 +36,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import Config, load_config
-from losses import CHUNK, PER_PRODUCT
-from model import (DECODERS, FFN, Block, CheckpointError, Llava, LlavaConfig, VisionConfig, describe_llava,
-                   describe_parts, grow_vocabulary)
+from configurator import Config, UserError, load_config
+from engine.chunked import CHUNK, PER_PRODUCT
+from engine.hf import describe_llava, describe_parts, grow_vocabulary
+from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN
 from train import DEFAULTS, choose_trainable, make_sparse
 
@@ -90,7 +90,7 @@ def build(config: Config) -> tuple[Llava, Llava | None]:
     student = describe(config.student) if config.student else describe_new(config)
     if config.stage in ("d2s", "pd") and not student.config.text.num_experts:
         if config.stage == "pd" and is_folder(config.student):
-            raise CheckpointError(f"{config.student}: is dense, and stage pd trains experts; run stage d2s first")
+            raise UserError(f"{config.student}: is dense, and stage pd trains experts; run stage d2s first")
         make_sparse(student, config)
     choose_trainable(student, config, dtype)
     if not config.teacher:
@@ -106,7 +106,7 @@ def describe(name: str) -> Llava:
     if is_folder(name):
         return describe_llava(Path(name))
     if published(name) not in DECODERS:
-        raise CheckpointError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one "
+        raise UserError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one "
                               f"of {', '.join(DECODERS)}")
     text = replace(DECODERS[published(name)])
     with torch.device("meta"):
@@ -121,7 +121,7 @@ def describe_new(config: Config) -> Llava:
         grow_vocabulary(llava, max(llava.config.image_token_id, llava.config.pad_token_id) + 1)
         return llava
     if published(config.vision) != TOWER:
-        raise CheckpointError(f"{config.vision}: is not {TOWER}, the one tower that a dry run knows without its folder")
+        raise UserError(f"{config.vision}: is not {TOWER}, the one tower that a dry run knows without its folder")
     return describe(published(config.llm))
 
 

@@ -2,7 +2,7 @@
 data.py against broken training files: over 1,500, made by mutating valid ones. Run: pytest tests/test_fuzz_rows.py
 
 Each must end as a definition says that is written here without any index: the whole file in json.loads, every row
-checked by one plain predicate, rendered in full, cut or dropped. If it is wrong: a DataError of one line, which names
+checked by one plain predicate, rendered in full, cut or dropped. If it is wrong: a UserError of one line, which names
 the file, and the first wrong row where it is a row that is wrong. If it is right: these very samples. The data file
 itself never changes.
 """
@@ -18,7 +18,8 @@ from PIL import Image
 
 import data as data_file
 from conftest import make_tokenizer
-from data import DataError, InstructionData, PreferenceData, render
+from configurator import UserError
+from data import InstructionData, PreferenceData, render
 
 IMAGES = ["a.png", "b é.png"]
 MAX_LENGTHS = [24, 40, 999]
@@ -215,7 +216,7 @@ def hold_against_the_plain_definition(case, window, max_length, folder, tokenize
     try:
         dataset, error = kind([(str(path), 1.0)], str(folder), tokenizer, "vicuna", 4, 28, max_length), None
         samples = [dataset[i] for i in range(len(dataset))]
-    except DataError as caught:
+    except UserError as caught:
         error = str(caught)
     assert path.read_bytes() == content and path.stat().st_mtime_ns == before.st_mtime_ns
     left = list(folder.glob(f"{path.name}.*"))

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import resume
 import train
-from configurator import ConfigError
+from configurator import UserError
+from engine import resume
+from engine.hf import save_tensors
 from kill_study import ROOT, ended, logged, settings_for, start, study, train_py
-from model import CheckpointError, Llava, save_tensors
-from resume import NotFinite, SaveError
+from model import Llava
 from test_train import command_line, flags, records
 
 
@@ -144,7 +144,7 @@ def test_shards_of_two_saves_never_mix(tmp_path, monkeypatch, before, after):
                 finished = False
         try:
             values = {tensor[0].item() for _, tensor in read_tensors(folder, shapes, rename=lambda key: key)}
-        except CheckpointError:
+        except UserError:
             values = "refused"
         assert values in ({1.0}, {2.0}, "refused"), f"before operation {moment}: a mix"
         outcomes.append(values)
@@ -183,7 +183,7 @@ def test_a_signal_ends_the_step_saves_and_stops(world, tmp_path, number, nproc):
 
 SECOND_SIGNAL = """
 import os, signal, sys, time
-from resume import Stop
+from engine.resume import Stop
 stop = Stop()
 stop.listen()
 stop.can_wait = sys.argv[1] == "training"
@@ -235,7 +235,7 @@ def test_without_a_good_state_nothing_is_overwritten(world, whole, tmp_path):
     for path in resume.saved_states(tmp_path / "out"):
         damage(path, "cut")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match="step_00000006.pt is damaged .* no state is left to continue from"):
+    with pytest.raises(UserError, match="step_00000006.pt is damaged .* no state is left to continue from"):
         train.main(flags(world, "d2s", tmp_path / "out", max_steps=6, save_every=2))
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     for path in resume.saved_states(tmp_path / "out"):
@@ -285,13 +285,13 @@ def test_no_room_is_seen_before_writing_and_the_log_counts_too(world, tmp_path, 
     free = shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: free)
-        with pytest.raises(SaveError, match=r"step_00000001.pt: cannot be written \(No space left on device\); it needs .* kB, "
+        with pytest.raises(UserError, match=r"step_00000001.pt: cannot be written \(No space left on device\); it needs .* kB, "
                                             "5 kB are free there; no state was saved before"):
             train.main(flags(world, "align", tmp_path / "out", max_steps=1))
     assert not list((tmp_path / "out" / "state").iterdir())
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(SaveError, match=r"log.jsonl: cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"log.jsonl: cannot be written \(No space left on device\)"):
         train.main(flags(world, "align", tmp_path / "log", max_steps=1))
     assert not (tmp_path / "log" / "state").exists()                 # no state ahead of the log
 
@@ -299,7 +299,7 @@ def test_no_room_is_seen_before_writing_and_the_log_counts_too(world, tmp_path, 
 def test_other_errors_while_writing_pass_through(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), resume.writing(tmp_path / "x", 1):
         raise RuntimeError("a bug")
-    with pytest.raises(SaveError, match="Input/output error"), resume.writing(tmp_path / "x", 1):
+    with pytest.raises(UserError, match="Input/output error"), resume.writing(tmp_path / "x", 1):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
@@ -329,7 +329,7 @@ def test_a_gradient_that_is_not_finite_is_named(world, tmp_path, monkeypatch):
         student.adaptor.linear_2.bias.register_hook(lambda grad: grad * float("inf"))
 
     monkeypatch.setattr(train, "choose_trainable", spoilt)
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(UserError) as caught:
         train.main(flags(world, "sft", tmp_path / "out", max_steps=2, grad_clip=1.0))
     message = str(caught.value)
     assert "step 1: loss " in message and "loss nan" not in message
@@ -405,10 +405,10 @@ def test_settings_of_the_machine_may_change_on_resuming(world, whole, tmp_path):
     (tmp_path / "out" / "state" / "step_00000006.pt").unlink()
     train.main(flags(world, "d2s", tmp_path / "out", max_steps=6, save_every=2, checkpointing=True, parallel="fsdp"))
     same(whole, tmp_path / "out")
-    with pytest.raises(ConfigError, match="parallel is 'zero', expected one of ddp, fsdp"):
+    with pytest.raises(UserError, match="parallel is 'zero', expected one of ddp, fsdp"):
         train.main(flags(world, "d2s", tmp_path / "out", max_steps=6, parallel="zero"))
     (tmp_path / "out" / "run.json").unlink()
-    with pytest.raises(CheckpointError, match="run.json: no such file, but .* holds states of a run"):
+    with pytest.raises(UserError, match="run.json: no such file, but .* holds states of a run"):
         train.main(flags(world, "d2s", tmp_path / "out", max_steps=6, save_every=2))
 
 
@@ -421,7 +421,7 @@ def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
         while not (out / "log.jsonl").is_file():
             assert time.time() < deadline and first.poll() is None
             time.sleep(0.05)
-        with pytest.raises(train.ConfigError, match="another run is writing there"):
+        with pytest.raises(train.UserError, match="another run is writing there"):
             train.main(arguments)
     finally:
         first.kill()

@@ -38,24 +38,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from configurator import Config, ConfigError
-from model import CheckpointError, read_json, write_file
-
-
-class SaveError(ValueError):
-    """Something could not be written; one line says what, how much room it needs, and what is intact."""
-
-
-class NotFinite(ValueError):
-    """Loss or gradient is infinite or not a number; one line says at which step and where."""
-
-
-class Stopped(Exception):
-    """A signal ended the run in good order; the exit code is 128 + its number, as shells expect."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+from configurator import Config, Stopped, UserError
+from engine.files import read_json, write_text as write_file
 
 
 # -----------------------------------------------------------------------------
@@ -65,16 +49,16 @@ def begin_or_resume(out_dir: Path, config: Config, may_change: list[str]) -> tup
     """(finished already, the state to go on from, a line for the user). Raises if the settings are not those of before."""
     if not (out_dir / "run.json").is_file():
         if saved_states(out_dir):
-            raise CheckpointError(f"{out_dir / 'run.json'}: no such file, but {out_dir / 'state'} holds states of a run; choose "
+            raise UserError(f"{out_dir / 'run.json'}: no such file, but {out_dir / 'state'} holds states of a run; choose "
                                   "another out_dir, or remove that folder")
         return False, None, ""
     run = read_json(out_dir / "run.json")
     before = run.get("config")
     if not isinstance(before, dict):
-        raise CheckpointError(f"{out_dir / 'run.json'}: has no \"config\"; choose another out_dir, or remove {out_dir}")
+        raise UserError(f"{out_dir / 'run.json'}: has no \"config\"; choose another out_dir, or remove {out_dir}")
     for key, value in config.items():
         if key not in may_change and before.get(key) != value:
-            raise ConfigError(f"{out_dir} holds a run with {key}={before.get(key)!r}, this one has "
+            raise UserError(f"{out_dir} holds a run with {key}={before.get(key)!r}, this one has "
                               f"{key}={value!r}; choose another out_dir, or repeat the command that began it")
     if run.get("finished") is True:
         return True, None, ""
@@ -86,7 +70,7 @@ def begin_or_resume(out_dir: Path, config: Config, may_change: list[str]) -> tup
             return False, path, "".join(f"{bad}; continuing from step {step_of(path)}" for bad in damaged)
         damaged.append(f"{path} is damaged ({reason})")
     if damaged:
-        raise CheckpointError(f"{'; '.join(damaged)}: no state is left to continue from; remove {out_dir / 'state'} to start "
+        raise UserError(f"{'; '.join(damaged)}: no state is left to continue from; remove {out_dir / 'state'} to start "
                               "again at step 0")
     return False, None, ""
 
@@ -100,7 +84,7 @@ def lock(out_dir: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel's: it goes when the process does
     except OSError:
-        raise ConfigError(f"{out_dir}: another run is writing there; wait for it, end it, or choose another out_dir") from None
+        raise UserError(f"{out_dir}: another run is writing there; wait for it, end it, or choose another out_dir") from None
     HELD.append(file)
 
 
@@ -192,7 +176,7 @@ def append_log(out_dir: Path, record: dict) -> None:
 
 @contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
-    """Turn the many ways in which a disk says no into a SaveError, and remove what is half written beside `path`."""
+    """Turn the many ways in which a disk says no into a UserError, and remove what is half written beside `path`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -205,7 +189,7 @@ def writing(path: Path, size: int) -> Iterator[None]:
         states = saved_states(out_dir)
         intact = f"the state of step {step_of(states[-1])} is intact" if states else "no state was saved before"
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise SaveError(f"{path}: cannot be written ({reason}); it needs {readable(size)}, {readable(free)} are free there; "
+        raise UserError(f"{path}: cannot be written ({reason}); it needs {readable(size)}, {readable(free)} are free there; "
                         f"{intact}: make room and repeat the same command") from None
 
 
@@ -233,7 +217,7 @@ def readable(size: int) -> str:
 # Stopping in good order
 
 class Stop:
-    """What this rank knows of reasons to stop. Ranks stop together, so it only votes; the votes ride on an all-reduce.
+    """What this rank knows of reasons to stop. Dist stop together, so it only votes; the votes ride on an all-reduce.
 
     Before the first step there is nothing to save, and a signal ends the process at once; so does a second one.
     """

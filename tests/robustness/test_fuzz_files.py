@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import resume
 import train
-from configurator import ConfigError, load_config
-from model import CheckpointError, Llava, save_tensors
+from configurator import UserError, load_config
+from engine import resume
+from engine.hf import save_tensors
+from model import Llava
 from test_train import flags
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 60))    # of each test; set it higher to search longer
@@ -134,7 +135,7 @@ def test_checkpoints(checkpoints, tmp_path, which, name):
         folder = with_file(checkpoints[which], tmp_path / "copy", name, content)
         try:
             llava = Llava.from_pretrained(folder)
-        except CheckpointError as error:
+        except UserError as error:
             one_line(error, folder)
             return
         # It opened. Then it is a whole model: it runs, and unless its weights were what changed, they are the old ones.
@@ -157,7 +158,7 @@ def test_parts(clip_folder, qwen_folder, tmp_path, part, name):
         copies = folders | {part: with_file(folders[part], tmp_path / "copy", name, content)}
         try:
             llava = Llava.from_parts(copies["clip"], copies["qwen"])
-        except CheckpointError as error:
+        except UserError as error:
             one_line(error, copies[part])
             return
         assert llava(torch.tensor([[5, 6, 7, 8]])).shape[:2] == (1, 4)
@@ -206,7 +207,7 @@ def test_run_json(interrupted, tmp_path):
         try:
             finished, state, note = resume.begin_or_resume(folder, config, train.MAY_CHANGE)
             assert finished or (resume.step_of(state) == 2 and not note)
-        except (CheckpointError, ConfigError) as error:
+        except UserError as error:
             one_line(error, folder)
     check()
 
@@ -240,7 +241,7 @@ def test_flags(arguments):
     try:
         config = load_config(train.DEFAULTS, arguments)
         train.check_settings(config)
-    except ConfigError as error:
+    except UserError as error:
         assert "\n" not in str(error)
         return
     assert config.keys() == train.DEFAULTS.keys()
@@ -259,7 +260,7 @@ def test_config_files(tmp_path_factory, content):
     try:
         config = load_config(train.DEFAULTS, [str(path)])
         train.check_settings(config)
-    except ConfigError as error:
+    except UserError as error:
         assert "\n" not in str(error)
         return
     assert all(type(config[key]) is type(value) for key, value in train.DEFAULTS.items())

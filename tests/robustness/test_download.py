@@ -20,9 +20,9 @@ from urllib.parse import unquote
 
 import pytest
 
-import download
+from tools import download
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_secret"
 
 

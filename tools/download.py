@@ -35,16 +35,14 @@ from urllib.parse import quote, urljoin
 
 import requests
 
+from configurator import UserError
+
 SETTINGS = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json",
             "special_tokens_map.json"]                              # small, and all that a model needs beside weights
 SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]   # CLIP-L/14-336 has no safetensors
 PAUSES = [1, 2, 4, 8, 16]                                           # seconds after each failed attempt in a row
 MANIFEST = Path(__file__).parent / "config" / "datasets.json"
-
-
-class DownloadError(ValueError):
-    """A name, a server, the network or the disk is not as it should be; one line says which and what to do."""
 
 
 @dataclass
@@ -94,7 +92,7 @@ class Repository:
                 pause = max(pause, int(asked) if asked.isdigit() else 0)
                 print(f"{url}: {problem}; trying again in {pause} s", flush=True)
                 time.sleep(pause)
-        raise DownloadError(f"{url}: {problem}")
+        raise UserError(f"{url}: {problem}")
 
     def advice(self, status: int) -> str:
         return {
@@ -114,7 +112,7 @@ class Repository:
                             size, oid = int((lfs or entry)["size"]), (lfs or entry)["oid"]
                             files.append(File(entry["path"], size, bool(lfs), oid))
             except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
-                raise DownloadError(f"{url}: no complete listing ({type(error).__name__}); check --endpoint, or run "
+                raise UserError(f"{url}: no complete listing ({type(error).__name__}); check --endpoint, or run "
                                     "the same command again") from None
             url = urljoin(url, response.links["next"]["url"]) if "next" in response.links else None
         return files
@@ -128,13 +126,13 @@ def choose(files: list[File], patterns: list[str]) -> list[File]:
     for pattern in patterns:
         if not matching([pattern], files):
             names = ", ".join(file.name for file in files[:20])
-            raise DownloadError(f"--files: nothing matches {pattern!r}; the first files there are {names}")
+            raise UserError(f"--files: nothing matches {pattern!r}; the first files there are {names}")
     if patterns:
         return matching(patterns, files)
     top = [file for file in files if "/" not in file.name]      # no onnx/, no original/
     weights = matching(SAFETENSORS, top) or matching(PICKLES, top)
     if not weights:
-        raise DownloadError("found neither *.safetensors nor pytorch_model*.bin there; name what you want by --files")
+        raise UserError("found neither *.safetensors nor pytorch_model*.bin there; name what you want by --files")
     return matching(SETTINGS, top) + weights
 
 
@@ -146,11 +144,11 @@ def place(folder: Path, name: str) -> Path:
     """Where a file of the listing goes: below the folder, or nowhere, for the listing is written by strangers."""
     parts = name.split("/") if isinstance(name, str) and name.isprintable() and "\\" not in name else [""]
     if any(part in ("", ".", "..") or re.match("[A-Za-z]:", part) for part in parts):
-        raise DownloadError(f"the listing has a file {name!r}, not a plain path below --to; nothing was fetched")
+        raise UserError(f"the listing has a file {name!r}, not a plain path below --to; nothing was fetched")
     path = folder.joinpath(*parts)
     for target in [path, part_of(path)]:
         if not target.resolve().is_relative_to(folder.resolve()):
-            raise DownloadError(f"{target}: a symbolic link leads out of {folder}; remove it (nothing was fetched)")
+            raise UserError(f"{target}: a symbolic link leads out of {folder}; remove it (nothing was fetched)")
     return path
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,14 +186,14 @@ def fetch(repository: Repository, file: File, path: Path) -> None:
                 receive(repository, file, out, path)
                 if not is_complete(part, file):
                     part.unlink()
-                    raise DownloadError(f"{path}: what came has not the hash of the listing; deleted, fetch it again")
+                    raise UserError(f"{path}: what came has not the hash of the listing; deleted, fetch it again")
                 os.replace(part, path)
                 break
         print(f"{path}: {note} ({file.size / 1e6:,.1f} MB)", flush=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(f"{path}: the disk is full; make room and run the same command, it continues") from None
-        raise DownloadError(f"{path}: cannot be written ({error.strerror}); check --to") from None
+            raise UserError(f"{path}: the disk is full; make room and run the same command, it continues") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); check --to") from None
 
 
 def receive(repository: Repository, file: File, out, path: Path) -> None:
@@ -214,10 +212,10 @@ def receive(repository: Repository, file: File, out, path: Path) -> None:
             time.sleep(PAUSES[failed])
             failed += 1
         else:
-            raise DownloadError(f"{url}: breaks off again and again (at byte {furthest:,} of {file.size:,}); try later")
+            raise UserError(f"{url}: breaks off again and again (at byte {furthest:,} of {file.size:,}); try later")
         free = shutil.disk_usage(path.parent).free
         if free < file.size - have:
-            raise DownloadError(f"{path}: needs {(file.size - have) / 1e9:,.2f} GB, free are {free / 1e9:,.2f} GB; "
+            raise UserError(f"{path}: needs {(file.size - have) / 1e9:,.2f} GB, free are {free / 1e9:,.2f} GB; "
                                 "make room or choose another --to")
 
         with repository.get(url, start=have) as response:
@@ -237,10 +235,10 @@ def receive(repository: Repository, file: File, out, path: Path) -> None:
 def check_answer(url, response, size):
     kind, length = response.headers.get("Content-Type", ""), response.headers.get("Content-Length", str(size))
     if "html" in kind:
-        raise DownloadError(f"{url}: the answer is a web page ({kind}), not the file; check --endpoint, and whether "
+        raise UserError(f"{url}: the answer is a web page ({kind}), not the file; check --endpoint, and whether "
                             "the network wants a login")
     if length != str(size):
-        raise DownloadError(f"{url}: has {length} bytes where the listing promises {size}; has the repository changed? "
+        raise UserError(f"{url}: has {length} bytes where the listing promises {size}; has the repository changed? "
                             "run the same command again")
 
 
@@ -275,7 +273,7 @@ def read_manifest(stage: str) -> list[dict]:
     entries = json.loads(MANIFEST.read_text(encoding="utf-8"))["datasets"]
     stages = list(dict.fromkeys(entry["stage"] for entry in entries))
     if stage not in [*stages, "all"]:
-        raise DownloadError(f"--manifest: found {stage!r}, expected all or one of {', '.join(stages)}")
+        raise UserError(f"--manifest: found {stage!r}, expected all or one of {', '.join(stages)}")
     return [entry for entry in entries if stage in (entry["stage"], "all")]
 
 
@@ -337,7 +335,7 @@ def show_manifest(stage: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage as well; we say one line like everywhere
-        raise DownloadError(message)
+        raise UserError(message)
 
 
 def run(argv: list[str]) -> None:
@@ -355,13 +353,13 @@ def run(argv: list[str]) -> None:
         return show_manifest(args.manifest)
     name, patterns = args.model or args.dataset, [item.strip() for item in args.files.split(",") if item.strip()]
     if bool(args.model) == bool(args.dataset) or not args.to:
-        raise DownloadError("give a model's name or --dataset=NAME, and --to=FOLDER; or --manifest=STAGE")
+        raise UserError("give a model's name or --dataset=NAME, and --to=FOLDER; or --manifest=STAGE")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
-        raise DownloadError(f"found the name {name!r}, expected OWNER/NAME as on the Hub")
+        raise UserError(f"found the name {name!r}, expected OWNER/NAME as on the Hub")
     if args.dataset and not patterns:
-        raise DownloadError(f"--dataset={name}: say what of it by --files; --manifest=all names the files we use")
+        raise UserError(f"--dataset={name}: say what of it by --files; --manifest=all names the files we use")
     if not re.match("https?://[^/]", args.endpoint):
-        raise DownloadError(f"--endpoint: found {args.endpoint!r}, expected http(s)://HOST")
+        raise UserError(f"--endpoint: found {args.endpoint!r}, expected http(s)://HOST")
 
     repository = Repository(name, args.endpoint, bool(args.dataset), args.revision)
     listing = repository.files()
@@ -374,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0
-    except DownloadError as error:
+    except UserError as error:
         print(f"download.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import nn
 
 import data
@@ -361,7 +361,7 @@ def open_cache(config: Config, student: Llava, dataset: data.RowData, collate: C
             teacher = open_teacher(config, student, dtype, ranks.device)
 
             def ask(batch: dict) -> tuple[dict[str, torch.Tensor], list[int]]:
-                return teacher_targets(teacher, to_device(ranks.device, batch), config, cache.made_with["vocabulary"])
+                return teacher_targets(teacher, to_device(ranks.device, batch), config, cache.cache_key["vocabulary"])
             fill(missing, dataset, ask, collate, config.micro_batch_size, config.num_workers, ranks.rank, ranks.world_size)
     with ranks.sync_errors():
         if cache.missing():
@@ -491,24 +491,21 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     say(f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
 
     # Spread over the ranks, and back to where the saved state stands
-    objective, optimizer = distributed.parallelize(Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
-                                           betas=(config.beta1, config.beta2), eps=config.eps,
-                                           weight_decay=config.weight_decay)
-    learns = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    objective, optimizer, trainable = distributed.parallelize(
+        Objective(student, config), ranks, config.parallel, dtype, lr=config.learning_rate,
+        betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
     with ranks.sync_errors():
         if state:
-            distributed.restore(learns, optimizer, state["weights"], state["adam"])
+            distributed.restore(trainable, optimizer, state["weights"], state["adam"])
         if ranks.rank == 0:
-            with resume.writing(out_dir / "run.json", 10_000):
-                out_dir.mkdir(parents=True, exist_ok=True)
-                resume.lock(out_dir)
-                resume.go_back(out_dir, first_step)
-                resume.write_run(out_dir, config, ranks.world_size, finished=False)
+            resume.lock(out_dir)
+            resume.go_back(out_dir, first_step)
+            resume.write_run(out_dir, config, ranks.world_size, finished=False)
     del state
 
     def save_state(step: int) -> None:
         """What resuming needs."""
-        weights, adam = distributed.gather(learns, ranks), distributed.gather_adam(learns, optimizer, ranks)
+        weights, adam = distributed.gather(trainable, ranks), distributed.gather_adam(trainable, optimizer, ranks)
         with ranks.sync_errors():
             if ranks.rank == 0:
                 resume.write_state(out_dir, {"step": step, "weights": weights, "adam": adam, "sampler": sampler.state_dict()})
@@ -518,8 +515,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         weights = distributed.gather(dict(student.named_parameters()), ranks)
         with ranks.sync_errors():
             if ranks.rank == 0:
-                with resume.writing(out_dir / "model.safetensors", sum(w.numel() * dtype.itemsize for w in weights.values())):
-                    student.save_pretrained(out_dir, dtype, weights)
+                resume.write_model(out_dir, student, dtype, weights)
 
     # The loop. A step is: learning rate, micro-batches, clip, update, log, save.
     stream = data.batches(rows, sampler, config.micro_batch_size, ranks.rank, ranks.world_size, first_step, steps,
@@ -546,7 +542,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
                 features = image_features(student, batch, config.stage)
                 reference = None
                 if cache is not None:
-                    reference = cached_reference(batch, config, cache.made_with["vocabulary"])
+                    reference = cached_reference(batch, config, cache.cache_key["vocabulary"])
                 elif teacher is not None:
                     same = teacher.vision is student.vision
                     seen = features if same else image_features(teacher, batch, config.stage)
@@ -559,12 +555,12 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
 
         loss_sum = ranks.all_reduce(loss_sum).item()
         sums = {name: ranks.all_reduce(value.double()) for name, value in sums.items()}
-        grad_norm = distributed.full(nn.utils.get_total_norm([p.grad for p in learns.values()]))
+        grad_norm = distributed.full(nn.utils.get_total_norm([p.grad for p in trainable.values()]))
         if not math.isfinite(loss_sum) or not grad_norm.isfinite():  # before the weights are touched
             with ranks.sync_errors():
                 raise UserError(f"step {step}: loss {loss_sum}, gradient norm {grad_norm.item()}"
-                                + what_is_not_finite(sums, learns, sampler.batch(step - 1), dataset, ranks))
-        nn.utils.clip_grads_with_norm_(learns.values(), config.grad_clip or math.inf, grad_norm)
+                                + what_is_not_finite(sums, trainable, sampler.batch(step - 1), dataset, ranks))
+        nn.utils.clip_grads_with_norm_(trainable.values(), config.grad_clip or math.inf, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -641,13 +637,13 @@ def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
     return found
 
 
-def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.RowData, ranks: distributed.Dist) -> str:
+def what_is_not_finite(sums: dict, trainable: dict, rows: list[int], dataset: data.RowData, ranks: distributed.Dist) -> str:
     """The rest of a UserError's line: which part of the loss, whose gradient, which rows."""
     parts = {name: value for name, value in sums.items() if name in DIVISOR}
     fine = [name for name, value in parts.items() if value.isfinite()]
-    broken = [not distributed.local(p.grad).isfinite().all() for p in learns.values()]
+    broken = [not distributed.local(p.grad).isfinite().all() for p in trainable.values()]
     broken = ranks.all_reduce(torch.tensor(broken, device=ranks.device).long()).tolist()
-    names = [name for name, ranks_say in zip(learns, broken) if ranks_say]
+    names = [name for name, ranks_say in zip(trainable, broken) if ranks_say]
 
     def some(items: list[str]) -> str:
         return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "") if items else "none"
@@ -663,5 +659,5 @@ if __name__ == "__main__":
     try:
         run(lambda argv: main(argv, stop), __doc__, DEFAULTS)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()

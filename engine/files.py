@@ -83,13 +83,13 @@ def atomic(path: str | Path, size: int | None = None, note: str = "") -> Iterato
             tmp.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    with atomic(path) as tmp:
+def write_text(path: str | Path, text: str, note: str = "") -> None:
+    with atomic(path, note=note) as tmp:
         tmp.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: str | Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, content: object, note: str = "") -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", note)
 
 
 def write_lines(path: str | Path, rows: list) -> None:
@@ -117,7 +117,7 @@ def disk_errors(path: Path, size: int | None = None, note: str = "") -> Iterator
         reason = disk_error(error)
         if reason is None:
             raise
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
         needs = f"it needs {readable(size)}, " if size is not None else ""
         raise UserError(f"{path}: cannot be written ({reason}); {needs}{readable(free)} are free there; "
                         + (note or "make room, or choose another folder")) from None

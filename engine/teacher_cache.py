@@ -1,25 +1,24 @@
 """
-The teacher out of the loop: what it says about every training row, written down once.
+Offline distillation: run the teacher once over all training rows, and train from its stored outputs.
 
-A distillation step spends most of its time and memory on a model that does not learn. The teacher is frozen and the rows
-come again every epoch, every stage that shares them, and every experiment, so its answers can be kept:
+A distillation step spends most of its time and memory on a model that is not trained. The teacher is frozen, and the
+same rows come again in every epoch, in every stage that shares them, and in every experiment, so its outputs can be
+kept:
 
     torchrun --nproc_per_node=16 train.py config/d2s.py --teacher_cache=out/2b/d2s_cache --teacher_top_k=64
 
-The first such run lets the teacher fill the folder, lets it go, and trains; a later one does not load it at all. What is
-kept depends on what the loss needs:
+The first such run fills the folder with the teacher's outputs, frees the teacher, and trains; later runs do not load
+it. What is kept depends on what the loss needs:
 
-    d2d, d2s   per response token the k largest of the teacher's log-probs, their ids, and the log of the mass of all
-               others: 8 k + 4 bytes. `losses.forward_kl_top_k` says what the student learns from that.
-    pd         per pair two numbers, log p(chosen) and log p(rejected): 8 bytes, and nothing is lost.
+    d2d, d2s   per response token the k largest of the teacher's log-probs, their ids, and the log of the remaining
+               mass: 8 k + 4 bytes. `losses.forward_kl_top_k` is the loss on these.
+    pd         per pair two numbers, log p(chosen) and log p(rejected): 8 bytes, and exact.
 
-The folder holds teacher_cache.json, which says what data and which teacher it was made with, and a safetensors file per
-1,024 rows. A file that is there is complete, so an interrupted filling goes on where it stopped. The paper names the memory
-of two models at once as a limitation of the method; this is the way around it.
+The folder holds teacher_cache.json, which says which data and which teacher it was made with, and a safetensors file
+per 1,024 rows. Each file is written atomically, so after an interruption only the missing files are filled. The paper
+names the memory of two models as a limitation of the method; this removes it.
 """
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +29,14 @@ from safetensors.torch import save_file
 
 from configurator import UserError
 from data import RowData, prefetch
-from engine.files import read_json, write_text as write_file
+from engine.files import atomic, read_json, write_json
 
-ROWS_PER_PIECE = 1024
+ROWS_PER_FILE = 1024
+VERSION = 2              # of the folder's format
 
 
 def digest_of_folder(folder: str | Path) -> str:
-    """Tells two checkpoints apart: their config.json, and of each weight file its size and both ends (a MiB each)."""
+    """A digest of a checkpoint: its config.json, and of each weight file the size and both ends (a MiB each)."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
@@ -50,50 +50,56 @@ def digest_of_folder(folder: str | Path) -> str:
 
 
 class TeacherCache:
-    """The folder. cache[row] -> the teacher's tensors for that row of the dataset; a row owns some lines of each.
+    """The folder. cache[row] -> the teacher's outputs for that row of the dataset: {name: (length, ...)}.
 
-    made_with: what the numbers depend on; it must be the same whenever the folder is opened (UserError if not). A value
-    that is None now is not compared: a complete cache can be used where the teacher is not at hand.
+    cache_key: everything the outputs depend on; UserError if the folder was made with another one. A value of None is
+    not compared: a complete cache can be used without the teacher's checkpoint.
     """
 
-    def __init__(self, folder: str | Path, n_rows: int, made_with: dict[str, object]):
-        self.folder, self.n_rows, self.made_with, self.files = Path(folder), n_rows, made_with, {}
+    def __init__(self, folder: str | Path, n_rows: int, cache_key: dict[str, object]):
+        self.folder, self.n_rows, self.files = Path(folder), n_rows, {}
+        self.cache_key = {"version": VERSION} | cache_key
         record = self.folder / "teacher_cache.json"
-        if record.is_file():
-            self.made_with = before = read_json(record)
-            for key, now in made_with.items():
-                if now is not None and before.get(key) != now:
-                    raise UserError(f"{record}: was made with {key}={before.get(key)!r}, this run has {key}={now!r}; "
-                                    "choose another teacher_cache folder, or delete this one to fill it again")
-        elif None in made_with.values():
-            raise UserError(f"{self.folder}: holds no teacher_cache.json, and the teacher that could fill it is not here")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(record, json.dumps(made_with, indent=2))
+        if not record.is_file():
+            if None in cache_key.values():
+                raise UserError(f"{self.folder}: holds no teacher_cache.json, and the teacher that could fill it is "
+                                "not here")
+            write_json(record, self.cache_key)
+            return
+        before = read_json(record)
+        if before.get("version") != VERSION:
+            raise UserError(f"{record}: has format version {before.get('version', 1)!r}, this program reads version "
+                            f"{VERSION}; choose another teacher_cache folder, or delete this one to fill it again")
+        for key, value in cache_key.items():
+            if value is not None and before.get(key) != value:
+                raise UserError(f"{record}: was made with {key}={before.get(key)!r}, this run has {key}={value!r}; "
+                                "choose another teacher_cache folder, or delete this one to fill it again")
+        self.cache_key = before
 
-    def piece(self, start: int) -> tuple[Path, range]:
-        """The file that begins with row `start`, and all its rows."""
-        return self.folder / f"rows-{start:09d}.safetensors", range(start, min(start + ROWS_PER_PIECE, self.n_rows))
+    def file_from(self, start: int) -> tuple[Path, range]:
+        """The file whose first row is `start`, and the rows in it."""
+        return self.folder / f"rows-{start:09d}.safetensors", range(start, min(start + ROWS_PER_FILE, self.n_rows))
 
     def missing(self) -> list[tuple[Path, range]]:
-        pieces = [self.piece(start) for start in range(0, self.n_rows, ROWS_PER_PIECE)]
-        return [(path, rows) for path, rows in pieces if not path.is_file()]
+        files = [self.file_from(start) for start in range(0, self.n_rows, ROWS_PER_FILE)]
+        return [(path, rows) for path, rows in files if not path.is_file()]
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        path, rows = self.piece(row // ROWS_PER_PIECE * ROWS_PER_PIECE)
+        path, rows = self.file_from(row // ROWS_PER_FILE * ROWS_PER_FILE)
         try:
             if path not in self.files:
                 file = safe_open(path, framework="pt")
-                self.files[path] = (file, file.get_tensor("first_line").tolist())
-            file, first_line = self.files[path]
-            here = slice(first_line[row - rows.start], first_line[row - rows.start + 1])
-            return {name: file.get_slice(name)[here] for name in file.keys() if name != "first_line"}
+                self.files[path] = (file, file.get_tensor("row_offsets").tolist())
+            file, offsets = self.files[path]
+            i = row - rows.start
+            span = slice(offsets[i], offsets[i + 1])
+            return {name: file.get_slice(name)[span] for name in file.keys() if name != "row_offsets"}
         except (OSError, SafetensorError, IndexError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete it, and the teacher writes it again") from None
+            raise UserError(f"{path}: cannot be read ({error}); delete it, and the next run fills it again") from None
 
 
 class RowsWithTeacher:
-    """A dataset whose samples carry what the teacher said of them. `collate_with_teacher` joins it, row after row."""
+    """A dataset whose samples also hold the teacher's outputs, which `collate_with_teacher` concatenates."""
 
     def __init__(self, dataset: RowData, cache: TeacherCache):
         self.dataset, self.cache = dataset, cache
@@ -103,43 +109,47 @@ class RowsWithTeacher:
 
 
 def collate_with_teacher(samples: list[dict], collate: Callable) -> dict:
-    kept = [sample["teacher"] for sample in samples]
-    return collate(samples) | {name: torch.cat([each[name] for each in kept]) for name in kept[0]}
+    outputs = [sample["teacher"] for sample in samples]
+    return collate(samples) | {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n, V) -> ids (n, k), their log-probs (n, k), and the log of the mass of all others (n,), -inf if there are none."""
+    """(n, V) -> ids (n, k), their log-probs (n, k), and the log of the remaining mass (n,), -inf if k = V."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     top, ids = logprobs.topk(k, dim=-1)
     return ids, top, logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
 
 
-def fill(missing: list[tuple[Path, range]], dataset: RowData, ask: Callable[[dict], tuple[dict[str, torch.Tensor], list[int]]],
-         collate: Callable, micro_batch_size: int, num_workers: int, rank: int, world_size: int) -> None:
-    """One pass of the teacher over the rows of the missing files, which the ranks share out among them.
+def fill(missing: list[tuple[Path, range]], dataset: RowData,
+         teacher_targets: Callable[[dict], tuple[dict[str, torch.Tensor], list[int]]], collate: Callable,
+         micro_batch_size: int, num_workers: int, rank: int, world_size: int) -> None:
+    """Run the teacher over the rows of the missing files, which are divided among the ranks.
 
-    ask(batch) -> the tensors to keep, their lines row after row, and how many lines each row of the batch has.
+    teacher_targets(batch) -> the tensors to keep, all rows concatenated, and each row's length in them.
     """
-    mine = missing[rank::world_size]
-    batches = []                                                     # of neighbours in length, which saves padding
-    for _, rows in mine:
-        ordered = sorted(rows, key=lambda row: dataset.lengths[row])
-        batches += [ordered[i:i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]
-    loader = iter(prefetch(dataset, batches, collate, num_workers))
-    began, done, batches = time.time(), 0, iter(batches)
-    for path, rows in mine:
-        answers, lines_of = {}, {}                                   # row -> its part of each tensor, and how long
-        while len(answers) < len(rows):
-            tensors, lines = ask(next(loader))
-            parts = {name: tensor.cpu().split(lines) for name, tensor in tensors.items()}
-            for i, row in enumerate(next(batches)):
-                answers[row], lines_of[row] = {name: parts[name][i] for name in parts}, lines[i]
-        piece = {name: torch.cat([answers[row][name] for row in rows]) for name in parts}
-        piece["first_line"] = torch.tensor([0] + [lines_of[row] for row in rows]).cumsum(0)
-        beside = path.with_suffix(".tmp")
-        save_file(piece, beside)
-        os.replace(beside, path)
+    files = missing[rank::world_size]                                # of this rank
+    total = sum(len(rows) for _, rows in files)
+    batches = []                                                     # rows of similar length, to save padding
+    for _, rows in files:
+        by_length = sorted(rows, key=lambda row: dataset.lengths[row])
+        batches += [by_length[i:i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+    started, done = time.time(), 0
+    loader = zip(batches, prefetch(dataset, batches, collate, num_workers))
+    for path, rows in files:
+        outputs, lengths = {}, {}                                    # by row
+        while len(outputs) < len(rows):
+            batch_rows, batch = next(loader)
+            tensors, batch_lengths = teacher_targets(batch)
+            split = {name: tensor.cpu().split(batch_lengths) for name, tensor in tensors.items()}
+            for i, row in enumerate(batch_rows):
+                outputs[row] = {name: parts[i] for name, parts in split.items()}
+                lengths[row] = batch_lengths[i]
+        tensors = {name: torch.cat([outputs[row][name] for row in rows]) for name in tensors}
+        tensors["row_offsets"] = torch.tensor([0] + [lengths[row] for row in rows]).cumsum(0)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with atomic(path, size, "what was filled before is intact: make room and repeat the same command") as tmp:
+            save_file(tensors, tmp)
         done += len(rows)
         if rank == 0:
-            left = (time.time() - began) / done * (sum(len(rows) for _, rows in mine) - done)
-            print(f"teacher cache: {done:,} rows of this rank kept, {left / 60:.1f} min left", flush=True)
+            minutes = (time.time() - started) / done * (total - done) / 60
+            print(f"teacher cache: {done:,} rows of this rank kept, {minutes:.1f} min left", flush=True)

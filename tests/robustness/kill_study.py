@@ -31,7 +31,7 @@ import train
 STEPS_PER_LIFE = 12    # a life gets this far at most, so that the run lasts for all kills
 
 
-# Dist are forks of this process, which has imported everything already: they start in no time, and die like any process.
+# Ranks are forks of this process, which has imported everything already: they start in no time, and die like any process.
 FORK = multiprocessing.get_context("fork")
 
 

@@ -39,6 +39,7 @@ from engine import distributed, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.files import read_json
 from engine.hf import describe_llava, describe_parts
+from engine.index import InstructionData, PreferenceData, RowData, parse_sources
 from engine.resume import Stop
 from losses import PREFERENCES, cross_entropy, forward_kl, forward_kl_top_k
 from model import Llava
@@ -329,9 +330,9 @@ def make_sparse(student: Llava, config: Config) -> None:
         raise UserError(str(error)) from None
 
 
-def open_rows(config: Config, student: Llava) -> data.RowData:
-    Rows = data.PreferenceData if config.stage == "pd" else data.InstructionData
-    return Rows(data.parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
+def open_rows(config: Config, student: Llava) -> RowData:
+    Rows = PreferenceData if config.stage == "pd" else InstructionData
+    return Rows(parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
                 student.config.image_tokens, student.config.vision.image_size, config.max_length)
 
 
@@ -344,7 +345,7 @@ def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: tor
     return teacher
 
 
-def open_cache(config: Config, student: Llava, dataset: data.RowData, collate: Callable, dtype: torch.dtype,
+def open_cache(config: Config, student: Llava, dataset: RowData, collate: Callable, dtype: torch.dtype,
                ranks: distributed.Dist) -> TeacherCache:
     """What the teacher has said about these rows. Of what is missing, the teacher is asked now, and then let go."""
     made_with = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
@@ -424,7 +425,7 @@ def dry_run(config: Config) -> None:
         return
     lengths = steps = None
     folder = Path(config.student or config.llm)
-    if (folder / "tokenizer.json").is_file() and all(Path(path).is_file() for path, _ in data.parse_sources(config.data)):
+    if (folder / "tokenizer.json").is_file() and all(Path(path).is_file() for path, _ in parse_sources(config.data)):
         if config.student:
             student = describe_llava(folder)
         else:
@@ -597,7 +598,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     say(f"{config.stage} done: {out_dir}")
 
 
-def introduction(config: Config, student: Llava, teacher: Llava | None, dataset: data.RowData,
+def introduction(config: Config, student: Llava, teacher: Llava | None, dataset: RowData,
                  ranks: distributed.Dist) -> list[str]:
     """Who learns what from whom, in a few lines."""
     counts = student.count_parameters()
@@ -631,7 +632,7 @@ def count_batch(micro: list[dict], student: Llava, config: Config) -> dict[str, 
     return total
 
 
-def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
+def fingerprints(config: Config, dataset: RowData) -> dict[str, str]:
     """What stands for the files that a rank has read: were they the same on every machine?"""
     found = {"data": dataset.fingerprint}
     for key in ("student", "teacher", "vision", "llm"):
@@ -641,7 +642,7 @@ def fingerprints(config: Config, dataset: data.RowData) -> dict[str, str]:
     return found
 
 
-def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: data.RowData, ranks: distributed.Dist) -> str:
+def what_is_not_finite(sums: dict, learns: dict, rows: list[int], dataset: RowData, ranks: distributed.Dist) -> str:
     """The rest of a UserError's line: which part of the loss, whose gradient, which rows."""
     parts = {name: value for name, value in sums.items() if name in DIVISOR}
     fine = [name for name, value in parts.items() if value.isfinite()]

@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import UserError
-from data import RowData, prefetch
+from data import prefetch
 from engine.files import read_json, write_text as write_file
+from engine.index import RowData
 
 ROWS_PER_PIECE = 1024
 

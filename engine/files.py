@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,14 +63,15 @@ def read_rows(path: str | Path, hint: str = "check the path") -> list[tuple[str,
 # Writing
 
 @contextmanager
-def atomic(path: str | Path, size: int | None = None, note: str = "") -> Iterator[Path]:
+def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `path`; when the block ends without an error, flush it and rename it to `path`.
 
     A full, read-only or failing disk ends as a UserError, with what was half written removed. `size`: bytes that will be
-    written, if known: too little free space is then noticed beforehand. `note`: what the message adds.
+    written, if known: too little free space is then noticed beforehand. `note`: what the message adds. `unique`: a
+    temporary name that no other process uses, for a file that two machines may write at once.
     """
     path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")
     with disk_errors(path, size, note):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

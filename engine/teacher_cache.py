@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import UserError
-from data import RowData, prefetch
+from data import prefetch
 from engine.files import atomic, read_json, write_json
+from engine.index import RowData
 
 ROWS_PER_FILE = 1024
 VERSION = 2              # of the folder's format

@@ -20,7 +20,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from tiny import __main__ as tiny
-from data import InstructionData, PreferenceData, render, transform_image
+from data import render, transform_image
+from engine.index import InstructionData, PreferenceData
 from model import Llava
 
 SCALE = 0.01                     # 1 % of every size in tiny.SIZES, but at least 4 scenes of each

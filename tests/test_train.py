@@ -227,10 +227,11 @@ def test_the_vit_runs_once_per_image(world, tmp_path, monkeypatch):
     monkeypatch.setattr(VisionTower, "forward", lambda self, pixels: images.append(len(pixels)) or original(self, pixels))
     train.main(flags(world, "pd", tmp_path, max_steps=1))
     import data
+    from engine.index import PreferenceData
     expected = 0
     pairs = json.loads((world / "pairs.json").read_text())
     teacher = Llava.from_pretrained(world / "teacher")
-    dataset = data.PreferenceData([(str(world / "pairs.json"), 1.0)], str(world / "images"), teacher.tokenizer, "vicuna", 4, 28, 2048)
+    dataset = PreferenceData([(str(world / "pairs.json"), 1.0)], str(world / "images"), teacher.tokenizer, "vicuna", 4, 28, 2048)
     for row in data.Sampler(dataset.lengths, 8, 0, dataset.sources).batch(0):
         expected += 2 if isinstance(pairs[row].get("image"), list) else int("image" in pairs[row])
     assert sum(images) == expected

@@ -387,7 +387,7 @@ def test_ranks_that_read_other_files_disagree(world, tmp_path):
     def prints(folder):
         config = train.Config(train.DEFAULTS, student=str(folder / "dense"))
         student = Llava.from_pretrained(folder / "dense")
-        return train.fingerprints(config, train.data.InstructionData([(str(folder / "rows.json"), 1.0)], str(folder / "images"),
+        return train.fingerprints(config, train.InstructionData([(str(folder / "rows.json"), 1.0)], str(folder / "images"),
                                                                      student.tokenizer, "vicuna", 4, 28, 2048))
 
     shutil.copytree(world, tmp_path / "other")

@@ -41,7 +41,7 @@ class VisionConfig:
     n_embd: int = 1024
     n_layer: int = 24
     n_head: int = 16
-    ffn: int = 4096
+    n_ffn: int = 4096
     norm_eps: float = 1e-5
     feature_layer: int = -2    # -1 is the last block's output, -2 the one before it: the last block never runs
 
@@ -57,7 +57,7 @@ class DecoderConfig:
     n_layer: int = 24
     n_head: int = 16
     n_kv_head: int = 16
-    ffn: int = 5504
+    n_ffn: int = 5504
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = False         # output head = embedding matrix
@@ -71,7 +71,7 @@ class DecoderConfig:
 @dataclass
 class LlavaConfig:
     vision: VisionConfig
-    text: DecoderConfig
+    decoder: DecoderConfig
     image_token_id: int
     pad_token_id: int | None
     eos_token_id: int | list[int] | None   # the template's end of an answer
@@ -85,15 +85,15 @@ class LlavaConfig:
 
 # The base models of the paper (read off their published config.json), by their names on the Hub, matched exactly.
 DECODERS = {
-    "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, ffn=2816, tied=True),
-    "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, ffn=5504),
-    "Qwen/Qwen1.5-4B": DecoderConfig(n_embd=2560, n_layer=40, n_head=20, n_kv_head=20, ffn=6912, rope_theta=5e6),
-    "Qwen/Qwen1.5-7B": DecoderConfig(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, ffn=11008),
-    "Qwen/Qwen2-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, ffn=4864, tied=True,
+    "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, n_ffn=2816, tied=True),
+    "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, n_ffn=5504),
+    "Qwen/Qwen1.5-4B": DecoderConfig(n_embd=2560, n_layer=40, n_head=20, n_kv_head=20, n_ffn=6912, rope_theta=5e6),
+    "Qwen/Qwen1.5-7B": DecoderConfig(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_ffn=11008),
+    "Qwen/Qwen2-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True,
                                      max_positions=131072),
-    "Qwen/Qwen2-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, ffn=8960, tied=True,
+    "Qwen/Qwen2-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
                                      max_positions=131072),
-    "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, ffn=18944,
+    "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
                                    max_positions=131072),
 }
 
@@ -123,8 +123,8 @@ class VisionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.attn = VisionAttention(config)
         self.norm2 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
-        self.fc1 = nn.Linear(config.n_embd, config.ffn)
-        self.fc2 = nn.Linear(config.ffn, config.n_embd)
+        self.fc1 = nn.Linear(config.n_embd, config.n_ffn)
+        self.fc2 = nn.Linear(config.n_ffn, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))
@@ -282,10 +282,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
         if layer in config.sparse_layers:
-            experts = [FFN(config.n_embd, config.ffn) for _ in range(config.num_experts)]
+            experts = [FFN(config.n_embd, config.n_ffn) for _ in range(config.num_experts)]
             self.ffn = SparseFFN(experts, config.n_embd, config.top_k, config.norm_topk)
         else:
-            self.ffn = FFN(config.n_embd, config.ffn)
+            self.ffn = FFN(config.n_embd, config.n_ffn)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, real: torch.Tensor | None,
                 cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
@@ -353,8 +353,8 @@ class Llava(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.vision = VisionTower(config.vision)
-        self.adaptor = Adaptor(config.vision.n_embd, config.text.n_embd)
-        self.decoder = Decoder(config.text)
+        self.adaptor = Adaptor(config.vision.n_embd, config.decoder.n_embd)
+        self.decoder = Decoder(config.decoder)
 
     @torch.no_grad()    # the ViT is frozen in every stage
     def encode_images(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
@@ -423,7 +423,7 @@ class Llava(nn.Module):
         lengths = real.sum(1)                                        # (B,)
         x = self.embed(input_ids, self.encode_images(pixel_values))
         dtype = self.decoder.blocks[0].attn.k_proj.weight.dtype
-        cache = KVCache(self.config.text, lengths, input_ids.shape[1], max_new_tokens, dtype)
+        cache = KVCache(self.config.decoder, lengths, input_ids.shape[1], max_new_tokens, dtype)
         hidden, _ = self.decoder(x, real, cache)
         hidden = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]       # (B, D)
         finished = torch.zeros_like(lengths, dtype=torch.bool)
@@ -452,7 +452,7 @@ class Llava(nn.Module):
         """Parameters of each part, in total and, for the decoder, active per token (A of E experts)."""
         count = lambda module: sum(p.numel() for p in module.parameters())
         idle = 0
-        for i in self.config.text.sparse_layers:
+        for i in self.config.decoder.sparse_layers:
             ffn = self.decoder.blocks[i].ffn
             idle += count(ffn.experts[0]) * (len(ffn.experts) - ffn.top_k)
         decoder = count(self.decoder)

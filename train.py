@@ -308,7 +308,7 @@ def open_student(config: Config) -> Llava:
                               '"template": "vicuna" or "chatml"')
     if student.config.pad_token_id is None:
         raise UserError(f"{folder}: config.json names no pad_token_id, which batches of rows of unequal length need")
-    sparse = bool(student.config.text.num_experts)
+    sparse = bool(student.config.decoder.num_experts)
     if config.stage == "d2s" and not sparse:
         make_sparse(student, config)
     if config.stage == "pd" and not sparse:
@@ -353,7 +353,7 @@ def open_cache(config: Config, student: Llava, dataset: data.RowData, collate: C
         made_with |= {"kd_tokens": config.kd_tokens, "top_k": config.teacher_top_k}
     if Path(config.teacher).is_dir():
         theirs = read_json(Path(config.teacher) / "config.json")["text_config"]["vocab_size"]
-        made_with |= {"teacher": digest_of_folder(config.teacher), "vocabulary": min(student.config.text.vocab_size, theirs)}
+        made_with |= {"teacher": digest_of_folder(config.teacher), "vocabulary": min(student.config.decoder.vocab_size, theirs)}
     cache = ranks.broadcast_from_rank0(lambda: TeacherCache(config.teacher_cache, len(dataset), made_with))
     missing = ranks.broadcast_from_rank0(cache.missing)
     if missing:

@@ -82,7 +82,7 @@ def saved(tmp_path, clip_folder, qwen_folder, kind):
         upcycle(llava, num_experts=4, top_k=1 if kind == "sparse-top1" else 2, norm_topk=kind != "sparse-raw", seed=1)
         for parameter in llava.decoder.parameters():                 # let the experts differ
             parameter.data += 0.05 * torch.randn_like(parameter)
-        for i in llava.config.text.sparse_layers:                    # and the routers choose clearly
+        for i in llava.config.decoder.sparse_layers:                    # and the routers choose clearly
             llava.decoder.blocks[i].ffn.router.weight.data *= 4
     llava.save_pretrained(tmp_path)
     return llava
@@ -303,7 +303,7 @@ def test_image_token_takes_the_first_free_id_and_the_matrix_grows_when_full(tmp_
     make_qwen(tmp_path, vocab=size, tied=False)
     grown = Llava.from_parts(clip_folder, tmp_path)
     assert grown.decoder.embedding.weight.shape[0] == grown.decoder.lm_head.weight.shape[0] == 64
-    assert grown.config.text.vocab_size == 64
+    assert grown.config.decoder.vocab_size == 64
 
 
 def test_the_adaptor_is_drawn_from_the_seed(clip_folder, qwen_folder):

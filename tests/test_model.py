@@ -13,7 +13,7 @@ from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGene
 
 from configurator import UserError
 from engine.hf import save_tensors
-from model import DECODERS, Llava, LlavaConfig, VisionConfig, rotary
+from model import DECODERS, Llava, LlavaConfig, VisionConfig, rope_angles
 from moe import upcycle
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
@@ -259,7 +259,7 @@ def test_images_go_where_their_tokens_are(clip_folder, qwen_folder):
 
 
 def test_rotary_turns_pairs_by_position_times_frequency():
-    cos, sin = rotary(torch.tensor([[3]]), head_dim=4, theta=100.0)
+    cos, sin = rope_angles(torch.tensor([[3]]), head_dim=4, theta=100.0)
     torch.testing.assert_close(cos[0, 0, 0], torch.cos(torch.tensor([3.0, 0.3, 3.0, 0.3])))
     torch.testing.assert_close(sin[0, 0, 0], torch.sin(torch.tensor([3.0, 0.3, 3.0, 0.3])))
 

@@ -1,18 +1,19 @@
-"""
-The multimodal model: a CLIP ViT looks, a two-layer adaptor translates, a Qwen decoder speaks.
+r"""
+The multimodal model: a CLIP ViT, a two-layer adaptor, a Qwen decoder.
 
-    image (3, S, S) --ViT--> P patch features --adaptor--> P vectors of decoder width
-    text            --embedding------------------------>  one vector per token          } one sequence --decoder--> logits
+    image (3, S, S) --ViT--> P patch features --adaptor--> P vectors of width D \
+                                                                                 > one sequence --decoder--> logits
+    text ids ---------------embedding--------------------> one vector per token /
 
-In `input_ids` an image is the <image> id repeated once per patch; the image's vectors take those places. From there on
-the decoder does not know which positions were pixels. This file holds the three parts, the generation of text, and at
-its end the Hugging Face folders in and out: what we save opens in stock transformers, and the other way round.
+In `input_ids` an image is the <image> id repeated once per patch; the image's vectors replace the embeddings of those
+positions. From there on the decoder treats image and text positions alike. This file holds the three parts, the whole
+and the generation of text; engine/hf.py reads and writes its checkpoints as Hugging Face folders.
 
 The dimension key, used by every file of the project:
 
     B batch            T decoder positions (image + text)   P patches per image
     D decoder width    Dv vision width                      H query heads, K kv heads, Dh head dim
-    F FFN width        V vocabulary                         N tokens as the router and the losses see them
+    F FFN width        V vocabulary                         N images of a batch; in moe.py and losses.py: tokens
     E experts          A experts active per token           S image side in pixels
 
 References: LLaVA-MoD arXiv 2408.15881, LLaVA-1.5 2310.03744, CLIP 2103.00020, Qwen1.5/Qwen2 2407.10671.
@@ -41,7 +42,7 @@ class VisionConfig:
     n_embd: int = 1024
     n_layer: int = 24
     n_head: int = 16
-    ffn: int = 4096
+    n_ffn: int = 4096
     norm_eps: float = 1e-5
     feature_layer: int = -2    # -1 is the last block's output, -2 the one before it: the last block never runs
 
@@ -57,7 +58,7 @@ class DecoderConfig:
     n_layer: int = 24
     n_head: int = 16
     n_kv_head: int = 16
-    ffn: int = 5504
+    n_ffn: int = 5504
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = False         # output head = embedding matrix
@@ -71,11 +72,11 @@ class DecoderConfig:
 @dataclass
 class LlavaConfig:
     vision: VisionConfig
-    text: DecoderConfig
+    decoder: DecoderConfig
     image_token_id: int
     pad_token_id: int | None
     eos_token_id: int | list[int] | None   # the template's end of an answer
-    template: str | None       # "vicuna" or "chatml", which data.py renders; None: the checkpoint does not say
+    template: str | None       # "vicuna" or "chatml", see data.py; None: the checkpoint does not say
 
     @property
     def image_tokens(self) -> int:
@@ -85,21 +86,21 @@ class LlavaConfig:
 
 # The base models of the paper (read off their published config.json), by their names on the Hub, matched exactly.
 DECODERS = {
-    "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, ffn=2816, tied=True),
-    "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, ffn=5504),
-    "Qwen/Qwen1.5-4B": DecoderConfig(n_embd=2560, n_layer=40, n_head=20, n_kv_head=20, ffn=6912, rope_theta=5e6),
-    "Qwen/Qwen1.5-7B": DecoderConfig(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, ffn=11008),
-    "Qwen/Qwen2-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, ffn=4864, tied=True,
+    "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, n_ffn=2816, tied=True),
+    "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, n_ffn=5504),
+    "Qwen/Qwen1.5-4B": DecoderConfig(n_embd=2560, n_layer=40, n_head=20, n_kv_head=20, n_ffn=6912, rope_theta=5e6),
+    "Qwen/Qwen1.5-7B": DecoderConfig(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_ffn=11008),
+    "Qwen/Qwen2-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True,
                                      max_positions=131072),
-    "Qwen/Qwen2-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, ffn=8960, tied=True,
+    "Qwen/Qwen2-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
                                      max_positions=131072),
-    "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, ffn=18944,
+    "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
                                    max_positions=131072),
 }
 
 
 # -----------------------------------------------------------------------------
-# The eye: CLIP's ViT. Pre-norm blocks with biases everywhere, full attention, QuickGELU.
+# Vision tower: CLIP's ViT. Pre-norm blocks with biases everywhere, full attention, QuickGELU.
 
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
@@ -111,8 +112,9 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        split = "n p (h d) -> n h p d"
-        q, k, v = (rearrange(proj(x), split, h=self.n_head) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = rearrange(self.q_proj(x), "n p (h d) -> n h p d", h=self.n_head)
+        k = rearrange(self.k_proj(x), "n p (h d) -> n h p d", h=self.n_head)
+        v = rearrange(self.v_proj(x), "n p (h d) -> n h p d", h=self.n_head)
         y = F.scaled_dot_product_attention(q, k, v)                  # (N, H, P+1, Dh)
         return self.out_proj(rearrange(y, "n h p d -> n p (h d)"))
 
@@ -123,17 +125,17 @@ class VisionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.attn = VisionAttention(config)
         self.norm2 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
-        self.fc1 = nn.Linear(config.n_embd, config.ffn)
-        self.fc2 = nn.Linear(config.ffn, config.n_embd)
+        self.fc1 = nn.Linear(config.n_embd, config.n_ffn)
+        self.fc2 = nn.Linear(config.n_ffn, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))
         h = self.fc1(self.norm2(x))
-        return x + self.fc2(h * torch.sigmoid(1.702 * h))            # QuickGELU, CLIP's stand-in for GELU
+        return x + self.fc2(h * torch.sigmoid(1.702 * h))            # QuickGELU, CLIP's approximation of GELU
 
 
 class VisionTower(nn.Module):
-    """CLIP's image encoder up to the feature layer: (N, 3, S, S) -> (N, P, Dv), the CLS position dropped."""
+    """CLIP's image encoder up to the feature layer: (N, 3, S, S) -> (N, P, Dv), without the CLS position."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -143,7 +145,7 @@ class VisionTower(nn.Module):
         self.position_embedding = nn.Embedding(config.patches + 1, config.n_embd)
         self.pre_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
-        self.post_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)   # CLIP's, after the last block: stored, unused
+        self.post_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)              # part of CLIP, unused here
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))   # (N, Dv, S/14, S/14)
@@ -151,7 +153,7 @@ class VisionTower(nn.Module):
         cls = self.class_embedding.expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self.position_embedding.weight                # (N, P+1, Dv)
         x = self.pre_norm(x)
-        # Counting as Hugging Face does: hidden state 0 is this x, hidden state i the output of block i.
+        # Numbered as in Hugging Face: hidden state 0 is this x, hidden state i the output of block i.
         last = self.config.n_layer + 1 + self.config.feature_layer
         for block in self.blocks[:last]:
             x = block(x)
@@ -159,7 +161,7 @@ class VisionTower(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The translator
+# Adaptor
 
 class Adaptor(nn.Module):
     """LLaVA-1.5's `mlp2x_gelu`: (N, P, Dv) -> (N, P, D)."""
@@ -174,7 +176,7 @@ class Adaptor(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The speaker: Qwen1.5/Qwen2. Pre-norm blocks, RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+# Decoder: Qwen1.5/Qwen2. Pre-norm blocks, RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 class RMSNorm(nn.Module):
     def __init__(self, n_embd: int, eps: float):
@@ -184,46 +186,67 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        # Under autocast in what the matrix products want: one cast here instead of one, and one copy, for each of them.
+        # Under autocast, cast to the matmul dtype here, once; otherwise every matmul that reads y makes its own copy.
         device = x.device.type
         return y.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
-def rotary(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary angles: (B, T) -> two of (B, 1, T, Dh), fp32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)   # (Dh/2,)
-    angles = positions[:, None, :, None] * frequencies                                                   # (B, 1, T, Dh/2)
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (Dh/2,)
+    angles = positions[:, None, :, None] * frequencies                                                # (B, 1, T, Dh/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x_i, x_{i + Dh/2}) by its angle: (B, H, T, Dh) -> the same shape and dtype."""
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """The two halves of the last dimension: (x1, x2) -> (-x2, x1)."""
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    return torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (x_i, x_{i + Dh/2}) by its angle: (B, H, T, Dh) -> the same shape and dtype."""
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in memory taken once; every row has its own length."""
+    """Keys and values of every layer, allocated once for prompt and answer.
 
-    def __init__(self, config: DecoderConfig, lengths: torch.Tensor, n_prompt: int, n_new: int, dtype: torch.dtype):
+    Prompts are padded on the right and have unequal lengths, so each row writes its new token to its own slot, over the
+    padding, and `attn_mask` hides the slots that a row has not filled yet.
+    """
+
+    def __init__(self, config: DecoderConfig, row_lengths: torch.Tensor, n_prompt: int, n_new: int, dtype: torch.dtype):
         head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, len(lengths), config.n_kv_head, n_prompt + n_new, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=lengths.device)   # (n_layer, B, K, places, Dh)
-        self.v = torch.zeros(shape, dtype=dtype, device=lengths.device)
-        self.lengths = lengths          # (B,) real positions of each row's prompt, then of prompt and answer
-        self.used = n_prompt            # no row is longer than this; what lies beyond is not looked at
-        self.positions = None           # (B, 1) where each row's new token stands; None while reading the prompt
-        self.visible = None             # (B, 1, 1, used) which keys that token may see
+        shape = (config.n_layer, len(row_lengths), config.n_kv_head, n_prompt + n_new, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=row_lengths.device)   # (n_layer, B, K, slots, Dh)
+        self.v = torch.zeros(shape, dtype=dtype, device=row_lengths.device)
+        self.row_lengths = row_lengths    # (B,) tokens of each row so far, without padding
+        self.length = n_prompt            # slots in use: those of the longest row
+        self.positions = None             # (B, 1) position, and slot, of each row's new token; None: reading the prompt
+        self.attn_mask = None             # (B, 1, 1, length) which slots the new token attends to
 
     def start_token(self) -> None:
         """Make room for one more token in every row."""
-        self.used += 1
-        self.positions = self.lengths[:, None]
-        places = torch.arange(self.used, device=self.lengths.device)
-        self.visible = (places <= self.positions)[:, None, None, :]
-        self.lengths = self.lengths + 1
+        self.length += 1
+        self.positions = self.row_lengths[:, None]
+        slots = torch.arange(self.length, device=self.row_lengths.device)
+        self.attn_mask = (slots <= self.positions)[:, None, None, :]
+        self.row_lengths = self.row_lengths + 1
+
+    def write_prompt(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store the keys and values of the whole prompt, (B, K, T, Dh) each."""
+        T = k.shape[2]
+        self.k[layer, :, :, :T] = k
+        self.v[layer, :, :, :T] = v
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store those of the new token, (B, K, 1, Dh) each -> all slots in use, (B, K, length, Dh) each."""
+        row, slot = torch.arange(len(k), device=k.device), self.positions[:, 0]
+        self.k[layer, row, :, slot] = k[:, :, 0].to(self.k.dtype)
+        self.v[layer, row, :, slot] = v[:, :, 0].to(self.v.dtype)
+        return self.k[layer, :, :, :self.length], self.v[layer, :, :, :self.length]
 
 
 class Attention(nn.Module):
@@ -237,39 +260,37 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_head * head_dim, config.n_embd, bias=False)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        q = rotate(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.n_head), cos, sin)      # (B, H, T, Dh)
-        k = rotate(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head), cos, sin)   # (B, K, T, Dh)
-        v = rearrange(self.v_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head)                     # (B, K, T, Dh)
+        q = apply_rope(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.n_head), cos, sin)      # (B, H, T, Dh)
+        k = apply_rope(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head), cos, sin)   # (B, K, T, Dh)
+        v = rearrange(self.v_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head)                         # (B, K, T, Dh)
         if cache is not None and cache.positions is not None:
             return self.o_proj(self.attend_to_cache(q, k, v, cache))
-        if cache is not None:                                        # the prompt: keep its keys and values
-            cache.k[self.layer, :, :, :x.shape[1]], cache.v[self.layer, :, :, :x.shape[1]] = k, v
-        # Padding is on the right, so causality alone hides it from every real position: no mask tensor is needed, and
-        # the fast attention kernels, which know no mask, stay available.
+        if cache is not None:
+            cache.write_prompt(self.layer, k, v)
+        # Padding is on the right, so causality alone hides it from every valid position. No mask tensor is needed, and
+        # the fast attention kernels, which accept none, stay available.
         y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True,
-                                           enable_gqa=self.n_head != self.n_kv_head)                # (B, H, T, Dh)
+                                           enable_gqa=self.n_head != self.n_kv_head)                    # (B, H, T, Dh)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
     def attend_to_cache(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """One new token per row: (B, H, 1, Dh), (B, K, 1, Dh) twice -> (B, 1, H*Dh)."""
-        row, place = torch.arange(len(q), device=q.device), cache.positions[:, 0]
-        cache.k[self.layer, row, :, place] = k[:, :, 0].to(cache.k.dtype)        # at each row's own place
-        cache.v[self.layer, row, :, place] = v[:, :, 0].to(cache.v.dtype)
-        k, v = (kept[self.layer, :, :, :cache.used].to(q.dtype) for kept in (cache.k, cache.v))      # (B, K, used, Dh)
-        # The H/K heads that share keys ask together, like so many positions of one head: the keys are read once.
+        k, v = cache.append(self.layer, k, v)                        # (B, K, length, Dh)
+        # GQA: fold the query heads of a KV head into the sequence dimension, so K and V are read once.
         q = rearrange(q, "b (k g) 1 d -> b k g d", k=self.n_kv_head)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible)     # (B, K, H/K, Dh)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.attn_mask)   # (B, K, H/K, Dh)
         return rearrange(y, "b k g d -> b 1 (k g d)")
 
 
 class FFN(nn.Module):
     """SwiGLU, (..., D) -> (..., D). A sparse layer's experts are copies of this."""
 
-    def __init__(self, n_embd: int, ffn: int):
+    def __init__(self, n_embd: int, n_ffn: int):
         super().__init__()
-        self.gate_proj = nn.Linear(n_embd, ffn, bias=False)
-        self.up_proj = nn.Linear(n_embd, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, n_embd, bias=False)
+        self.gate_proj = nn.Linear(n_embd, n_ffn, bias=False)
+        self.up_proj = nn.Linear(n_embd, n_ffn, bias=False)
+        self.down_proj = nn.Linear(n_ffn, n_embd, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -282,23 +303,23 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
         if layer in config.sparse_layers:
-            experts = [FFN(config.n_embd, config.ffn) for _ in range(config.num_experts)]
+            experts = [FFN(config.n_embd, config.n_ffn) for _ in range(config.num_experts)]
             self.ffn = SparseFFN(experts, config.n_embd, config.top_k, config.norm_topk)
         else:
-            self.ffn = FFN(config.n_embd, config.ffn)
+            self.ffn = FFN(config.n_embd, config.n_ffn)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, real: torch.Tensor | None,
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, valid: torch.Tensor | None,
                 cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
         x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         if isinstance(self.ffn, SparseFFN):
-            y, routing = self.ffn(self.ffn_norm(x), real)
+            y, routing = self.ffn(self.ffn_norm(x), valid)
         else:
             y, routing = self.ffn(self.ffn_norm(x)), None
         return x + y, routing
 
 
 class Decoder(nn.Module):
-    """The language model without its input side: embeddings are looked up by `Llava.embed`, which adds the images."""
+    """The language model from embeddings to hidden states and logits; `Llava.embed` makes the embeddings."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -306,28 +327,28 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.checkpointing = False    # True: the backward pass computes each block again instead of storing its insides
+        self.checkpointing = False    # True: the backward pass recomputes each block's activations
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, x: torch.Tensor, real: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """(B, T, D) -> normed hidden states (B, T, D), and the routing of each sparse layer in order.
 
-        `real` (B, T) is false at padding; it matters to the routers only.
+        `valid` (B, T) is False at padding; only the routers use it.
         """
         B, T, D = x.shape
         if cache is not None and cache.positions is not None:        # one new token per row
             positions = cache.positions                              # (B, 1)
         else:
             positions = torch.arange(T, device=x.device)[None]       # (1, T)
-        cos, sin = rotary(positions, D // self.config.n_head, self.config.rope_theta)
+        cos, sin = rope_angles(positions, D // self.config.n_head, self.config.rope_theta)
         routings = []
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, cos, sin, real, cache, use_reentrant=False)
+                x, routing = checkpoint(block, x, cos, sin, valid, cache, use_reentrant=False)
             else:
-                x, routing = block(x, cos, sin, real, cache)
+                x, routing = block(x, cos, sin, valid, cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), routings
@@ -343,7 +364,7 @@ class Decoder(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The whole
+# Llava: the three parts as one model
 
 class Llava(nn.Module):
     """`Llava.from_pretrained(folder)`, `Llava.from_parts(clip_folder, qwen_folder)`, or `Llava(config, tokenizer)`."""
@@ -353,8 +374,8 @@ class Llava(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.vision = VisionTower(config.vision)
-        self.adaptor = Adaptor(config.vision.n_embd, config.text.n_embd)
-        self.decoder = Decoder(config.text)
+        self.adaptor = Adaptor(config.vision.n_embd, config.decoder.n_embd)
+        self.decoder = Decoder(config.decoder)
 
     @torch.no_grad()    # the ViT is frozen in every stage
     def encode_images(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
@@ -365,25 +386,25 @@ class Llava(nn.Module):
         return self.vision(pixel_values.to(weight.device))
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Text embeddings with the images in their places: (B, T), (N, P, Dv) -> (B, T, D)."""
+        """Text embeddings with the image vectors at the image positions: (B, T), (N, P, Dv) -> (B, T, D)."""
         is_image = input_ids == self.config.image_token_id           # (B, T)
         self.check_image_positions(is_image, len(features))
         x = self.decoder.embedding(input_ids)                        # (B, T, D)
-        # Without an image the adaptor runs on zero of them: its gradient is then zero rather than missing, which
-        # DistributedDataParallel needs. (The released code pushes a black image through the ViT for that.)
+        # In a batch without images the adaptor runs on an empty tensor. Its gradients are then zero instead of missing,
+        # which DistributedDataParallel needs. (The released code runs a black image through the ViT for that.)
         vectors = self.adaptor(features)                             # (N, P, D)
         return x.masked_scatter(is_image[:, :, None], vectors.to(x.dtype))   # images in reading order
 
     def check_image_positions(self, is_image: torch.Tensor, n_images: int) -> None:
-        per_row = is_image.sum(1)
+        per_row = is_image.sum(1)                                    # (B,)
         P = self.config.image_tokens
         if int(per_row.sum()) != n_images * P or bool((per_row % P).any()):
-            counts = [count / P for count in per_row.tolist()]
+            room = ", ".join(f"{count / P:g}" for count in per_row.tolist())
             raise ValueError(f"the batch has {n_images} images of {P} positions each, but its rows have room for "
-                             f"{', '.join(f'{c:g}' for c in counts)} of them")
+                             f"{room} of them")
 
     def valid_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) -> (B, T) bool: false at the padding, which stands on the right."""
+        """(B, T) -> (B, T) bool: False at the padding on the right, after a row's last token that is not padding."""
         if self.config.pad_token_id is None:
             return torch.ones_like(input_ids, dtype=torch.bool)
         position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)              # (T,)
@@ -393,15 +414,15 @@ class Llava(nn.Module):
     def hidden_states(self, input_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
         """(B, T), (N, P, Dv) -> the decoder's last hidden states (B, T, D) and the routings.
 
-        The training objectives start here: they pick the response positions first and apply the head to those only.
+        The training objectives start here: they select the response positions first and apply the head to those only.
         """
         return self.decoder(self.embed(input_ids, features), self.valid_positions(input_ids))
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) padded on the right, (N, 3, S, S) the images in reading order -> logits (B, T, V).
 
-        Rows may hold several images or none. The logits at position t predict token t+1. Raises ValueError when the
-        image positions of `input_ids` and the number of images do not agree.
+        Rows may hold several images or none. The logits at position t predict token t+1. Raises ValueError if the
+        image positions of `input_ids` do not match the number of images.
         """
         hidden, _ = self.hidden_states(input_ids, self.encode_images(pixel_values))
         return self.decoder.head(hidden)
@@ -411,21 +432,26 @@ class Llava(nn.Module):
                temperature: float = 0.0, eos_token_id: int | list[int] | None = None) -> Iterator[torch.Tensor]:
         """Yield one new token per row, (B,), as soon as it is known, until every row has ended.
 
-        Greedy at temperature 0, else sampled from softmax(logits / temperature) with torch's generator. Rows of unequal
-        length are padded on the right; each continues from its own last token. After its end token a row yields padding.
+        Greedy at temperature 0, otherwise sampled from softmax(logits / temperature). Rows of unequal length are padded
+        on the right; each continues after its own last token. After its end token a row yields padding.
         """
         eos_token_id = self.config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
-        after_end = self.config.pad_token_id if self.config.pad_token_id is not None or not ends else ends[0]
+        filler = self.config.pad_token_id
+        if filler is None and ends:
+            filler = ends[0]
         ends = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
 
-        real = self.valid_positions(input_ids)                        # (B, T)
-        lengths = real.sum(1)                                        # (B,)
+        # The prompt, all rows at once
+        valid = self.valid_positions(input_ids)                      # (B, T)
+        lengths = valid.sum(1)                                       # (B,)
         x = self.embed(input_ids, self.encode_images(pixel_values))
         dtype = self.decoder.blocks[0].attn.k_proj.weight.dtype
-        cache = KVCache(self.config.text, lengths, input_ids.shape[1], max_new_tokens, dtype)
-        hidden, _ = self.decoder(x, real, cache)
+        cache = KVCache(self.config.decoder, lengths, input_ids.shape[1], max_new_tokens, dtype)
+        hidden, _ = self.decoder(x, valid, cache)
         hidden = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]       # (B, D)
+
+        # The answer, token by token
         finished = torch.zeros_like(lengths, dtype=torch.bool)
         for i in range(max_new_tokens):
             logits = self.decoder.head(hidden).float()                                        # (B, V)
@@ -433,8 +459,8 @@ class Llava(nn.Module):
                 token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
             else:
                 token = logits.argmax(-1)                                                     # (B,)
-            if after_end is not None:
-                token = torch.where(finished, after_end, token)
+            if filler is not None:
+                token = torch.where(finished, filler, token)
             yield token
             finished = finished | torch.isin(token, ends)
             if i == max_new_tokens - 1 or bool(finished.all()):
@@ -450,14 +476,13 @@ class Llava(nn.Module):
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of each part, in total and, for the decoder, active per token (A of E experts)."""
-        count = lambda module: sum(p.numel() for p in module.parameters())
+        counts = {"vision": parameter_count(self.vision), "adaptor": parameter_count(self.adaptor),
+                  "decoder": parameter_count(self.decoder)}
         idle = 0
-        for i in self.config.text.sparse_layers:
+        for i in self.config.decoder.sparse_layers:
             ffn = self.decoder.blocks[i].ffn
-            idle += count(ffn.experts[0]) * (len(ffn.experts) - ffn.top_k)
-        decoder = count(self.decoder)
-        return {"vision": count(self.vision), "adaptor": count(self.adaptor), "decoder": decoder,
-                "decoder_active": decoder - idle}
+            idle += parameter_count(ffn.experts[0]) * (len(ffn.experts) - ffn.top_k)
+        return counts | {"decoder_active": counts["decoder"] - idle}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
@@ -477,7 +502,11 @@ class Llava(nn.Module):
                         weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write a folder that `from_pretrained` and stock transformers open; `dtype` None keeps each tensor's own.
 
-        `weights`: the parameters by name, where the model itself does not hold them whole (parallel.py).
+        `weights`: the full parameters by name, if this model holds only shards of them (engine/distributed.py).
         """
         from engine.hf import save_llava
         save_llava(self, Path(path), dtype, weights)
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

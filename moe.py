@@ -147,7 +147,7 @@ def upcycle(llava: nn.Module, num_experts: int = 4, top_k: int = 2, layers: str 
     from `seed`, as in the released code). Attention, norms, embeddings and adaptor stay what they are. With renormalised
     weights the logits do not change. Raises ValueError if the model is sparse already or the numbers make no sense.
     """
-    config = llava.config.text
+    config = llava.config.decoder
     if config.num_experts:
         raise ValueError(f"the model is sparse already ({config.num_experts} experts): upcycling needs a dense one")
     if not 1 <= top_k <= num_experts:

@@ -145,7 +145,7 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
         n_embd=take(path, config, "hidden_size", int, 768),
         n_layer=take(path, config, "num_hidden_layers", int, 12, most=1000),
         n_head=take(path, config, "num_attention_heads", int, 12),
-        ffn=take(path, config, "intermediate_size", int, 3072),
+        n_ffn=take(path, config, "intermediate_size", int, 3072),
         norm_eps=take(path, config, "layer_norm_eps", float, default.norm_eps, least=0),
     )
     if vision.image_size % vision.patch_size:
@@ -175,7 +175,7 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
         n_layer=take(path, config, "num_hidden_layers", int, most=1000),
         n_head=n_head,
         n_kv_head=take(path, config, "num_key_value_heads", int, n_head),
-        ffn=take(path, config, "intermediate_size", int),
+        n_ffn=take(path, config, "intermediate_size", int),
         rope_theta=take(path, {**config, **rope}, "rope_theta", float, 10000.0),
         norm_eps=take(path, config, "rms_norm_eps", float, 1e-6, least=0),
         tied=take(path, config, "tie_word_embeddings", bool, False),
@@ -186,7 +186,7 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
                               "divide one another")
     if kind == "qwen2_moe":
         expect(path, config, "shared_expert_intermediate_size", 0, default=5632)
-        expect(path, config, "moe_intermediate_size", text.ffn, default=1408)
+        expect(path, config, "moe_intermediate_size", text.n_ffn, default=1408)
         text.num_experts = take(path, config, "num_experts", int, 60, most=1000)
         text.top_k = take(path, config, "num_experts_per_tok", int, 4)
         text.norm_topk = take(path, config, "norm_topk_prob", bool, False)
@@ -396,14 +396,14 @@ def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: s
     load_tensors(llava, ["decoder"], llm_folder, torch.float32, "cpu", rename=lambda key: TOWERS["decoder"][0] + key)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        llava.adaptor = Adaptor(llava.config.vision.n_embd, llava.config.text.n_embd)
+        llava.adaptor = Adaptor(llava.config.vision.n_embd, llava.config.decoder.n_embd)
     grow_vocabulary(llava, max(llava.config.image_token_id, llava.config.pad_token_id) + 1)
     return llava
 
 
 def grow_vocabulary(llava: Llava, needed: int) -> None:
     """Give embedding and head at least `needed` rows, a multiple of 64. Qwen's matrices have spare rows: no change."""
-    text = llava.config.text
+    text = llava.config.decoder
     if needed <= text.vocab_size:
         return
     text.vocab_size = (needed + 63) // 64 * 64
@@ -446,12 +446,12 @@ TEMPLATE_FILES = {
 
 def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
     """The JSON files of a LLaVA folder, by name."""
-    config, vision, text = llava.config, llava.config.vision, llava.config.text
+    config, vision, text = llava.config, llava.config.vision, llava.config.decoder
     ends = {"pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
     text_config = {
         "model_type": "qwen2_moe" if text.num_experts else "qwen2",
         "vocab_size": text.vocab_size, "hidden_size": text.n_embd, "num_hidden_layers": text.n_layer,
-        "num_attention_heads": text.n_head, "num_key_value_heads": text.n_kv_head, "intermediate_size": text.ffn,
+        "num_attention_heads": text.n_head, "num_key_value_heads": text.n_kv_head, "intermediate_size": text.n_ffn,
         "hidden_act": "silu", "rms_norm_eps": text.norm_eps, "rope_theta": text.rope_theta,
         # the same once more, as transformers 5 spells it
         "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
@@ -461,13 +461,13 @@ def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
     if text.num_experts:
         text_config |= {
             "num_experts": text.num_experts, "num_experts_per_tok": text.top_k, "norm_topk_prob": text.norm_topk,
-            "moe_intermediate_size": text.ffn, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
+            "moe_intermediate_size": text.n_ffn, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i in range(text.n_layer) if i not in text.sparse_layers],
         }
     vision_config = {
         "model_type": "clip_vision_model", "image_size": vision.image_size, "patch_size": vision.patch_size,
         "hidden_size": vision.n_embd, "num_hidden_layers": vision.n_layer, "num_attention_heads": vision.n_head,
-        "intermediate_size": vision.ffn, "hidden_act": "quick_gelu", "layer_norm_eps": vision.norm_eps,
+        "intermediate_size": vision.n_ffn, "hidden_act": "quick_gelu", "layer_norm_eps": vision.norm_eps,
         "num_channels": 3, "projection_dim": 768,
     }
     square = {"height": vision.image_size, "width": vision.image_size}
@@ -508,8 +508,8 @@ def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
 def published_tensors(llava: Llava, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     weights = weights or dict(llava.named_parameters())
     tensors = {published_key(*name.split(".", 1)): tensor.detach() for name, tensor in weights.items()}
-    D = llava.config.text.n_embd
-    for i in llava.config.text.sparse_layers:                        # see SHARED_EXPERT
+    D = llava.config.decoder.n_embd
+    for i in llava.config.decoder.sparse_layers:                        # see SHARED_EXPERT
         mlp = f"language_model.model.layers.{i}.mlp."
         empty = {"shared_expert.gate_proj": (0, D), "shared_expert.up_proj": (0, D), "shared_expert.down_proj": (D, 0),
                  "shared_expert_gate": (1, D)}

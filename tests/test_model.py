@@ -13,7 +13,7 @@ from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGene
 
 from configurator import UserError
 from engine.hf import save_tensors
-from model import DECODERS, Llava, LlavaConfig, VisionConfig, rotary
+from model import DECODERS, Llava, LlavaConfig, VisionConfig, rope_angles
 from moe import upcycle
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
@@ -82,7 +82,7 @@ def saved(tmp_path, clip_folder, qwen_folder, kind):
         upcycle(llava, num_experts=4, top_k=1 if kind == "sparse-top1" else 2, norm_topk=kind != "sparse-raw", seed=1)
         for parameter in llava.decoder.parameters():                 # let the experts differ
             parameter.data += 0.05 * torch.randn_like(parameter)
-        for i in llava.config.text.sparse_layers:                    # and the routers choose clearly
+        for i in llava.config.decoder.sparse_layers:                    # and the routers choose clearly
             llava.decoder.blocks[i].ffn.router.weight.data *= 4
     llava.save_pretrained(tmp_path)
     return llava
@@ -259,7 +259,7 @@ def test_images_go_where_their_tokens_are(clip_folder, qwen_folder):
 
 
 def test_rotary_turns_pairs_by_position_times_frequency():
-    cos, sin = rotary(torch.tensor([[3]]), head_dim=4, theta=100.0)
+    cos, sin = rope_angles(torch.tensor([[3]]), head_dim=4, theta=100.0)
     torch.testing.assert_close(cos[0, 0, 0], torch.cos(torch.tensor([3.0, 0.3, 3.0, 0.3])))
     torch.testing.assert_close(sin[0, 0, 0], torch.sin(torch.tensor([3.0, 0.3, 3.0, 0.3])))
 
@@ -303,7 +303,7 @@ def test_image_token_takes_the_first_free_id_and_the_matrix_grows_when_full(tmp_
     make_qwen(tmp_path, vocab=size, tied=False)
     grown = Llava.from_parts(clip_folder, tmp_path)
     assert grown.decoder.embedding.weight.shape[0] == grown.decoder.lm_head.weight.shape[0] == 64
-    assert grown.config.text.vocab_size == 64
+    assert grown.config.decoder.vocab_size == 64
 
 
 def test_the_adaptor_is_drawn_from_the_seed(clip_folder, qwen_folder):

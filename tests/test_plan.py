@@ -28,8 +28,8 @@ from model import DECODERS, DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import upcycle
 
 STAGES = ["align", "sft", "d2d", "d2s", "pd"]
-VISION = VisionConfig(image_size=112, n_embd=128, n_layer=3, n_head=4, ffn=512)      # 64 patches
-TEXT = dict(vocab_size=2048, n_embd=256, n_layer=3, n_head=4, n_kv_head=4, ffn=704)
+VISION = VisionConfig(image_size=112, n_embd=128, n_layer=3, n_head=4, n_ffn=512)      # 64 patches
+TEXT = dict(vocab_size=2048, n_embd=256, n_layer=3, n_head=4, n_kv_head=4, n_ffn=704)
 
 
 def make(stage, items=2, tokens=300, response=60, text={}, **settings):
@@ -45,7 +45,7 @@ def make(stage, items=2, tokens=300, response=60, text={}, **settings):
     student.decoder.checkpointing = config.checkpointing
     train.choose_trainable(student, config, dtype)
     if config.teacher:
-        wider = DecoderConfig(**text | dict(n_embd=384, n_layer=2, ffn=1024))
+        wider = DecoderConfig(**text | dict(n_embd=384, n_layer=2, n_ffn=1024))
         teacher = Llava(LlavaConfig(VISION, wider, **special)).to(dtype).requires_grad_(False)
         teacher.vision = student.vision
     rows = items * (2 if stage == "pd" else 1)
@@ -105,12 +105,12 @@ def test_parts_of_a_new_model(clip_folder, qwen_folder):
     opened = Llava.from_parts(clip_folder, qwen_folder)
     assert [p.shape for p in folders.parameters()] == [p.shape for p in opened.parameters()]
     names, _ = plan.build(Config(train.DEFAULTS, stage="align", vision=plan.TOWER, llm="Qwen/Qwen2-0.5B"))
-    assert names.config.vision == VisionConfig() and names.config.text == DECODERS["Qwen/Qwen2-0.5B"]
+    assert names.config.vision == VisionConfig() and names.config.decoder == DECODERS["Qwen/Qwen2-0.5B"]
 
 
 def test_folders_that_are_not_there_yet_may_bear_a_published_name(tmp_path):
     new = Config(train.DEFAULTS, stage="align", vision=f"weights/{plan.TOWER}", llm=f"{tmp_path}/Qwen/Qwen1.5-0.5B")
-    assert plan.build(new)[0].config.text == DECODERS["Qwen/Qwen1.5-0.5B"]
+    assert plan.build(new)[0].config.decoder == DECODERS["Qwen/Qwen1.5-0.5B"]
 
 
 @pytest.mark.parametrize("keys", [dict(student="Qwen/Qwen3"), dict(vision=plan.TOWER, llm="Qwen/Qwen3"),
@@ -250,7 +250,7 @@ def passing(items):
     return sum(size for name, size in items.items() if name.startswith(("low-precision", "activations", "working")))
 
 
-SIZES = {"many small rows": dict(items=4, tokens=120, text=dict(n_kv_head=2, n_layer=5, ffn=512)),
+SIZES = {"many small rows": dict(items=4, tokens=120, text=dict(n_kv_head=2, n_layer=5, n_ffn=512)),
          "large vocabulary": dict(tokens=200, text=dict(vocab_size=20000, tied=True))}
 
 

@@ -342,7 +342,7 @@ def test_render_with_the_tiny_tokenizer():
 def test_base_checkpoints_join_and_open_in_transformers(world):
     from transformers import CLIPVisionModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
     llava = Llava.from_parts(world / "base/vision", world / "base/llm_student")
-    assert llava.config.text.vocab_size == 128 and llava.config.image_tokens == 16 and llava.config.text.n_embd == 64
+    assert llava.config.decoder.vocab_size == 128 and llava.config.image_tokens == 16 and llava.config.decoder.n_embd == 64
     assert llava.config.image_token_id == tiny.make_tokenizer().get_vocab_size()
 
     theirs, info = CLIPVisionModel.from_pretrained(world / "base/vision", output_loading_info=True)

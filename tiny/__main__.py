@@ -732,7 +732,7 @@ def make_world(out_dir, seed, scale):
 # ---------------------------------------------------------------------------------------------------------------------
 # The base checkpoints: an eye and two language models, as Hugging Face folders
 
-VISION = VisionConfig(image_size=GRID * CELL, patch_size=CELL, n_embd=128, n_layer=3, n_head=4, ffn=512)
+VISION = VisionConfig(image_size=GRID * CELL, patch_size=CELL, n_embd=128, n_layer=3, n_head=4, n_ffn=512)
 WIDTHS = {"llm_teacher": 128, "llm_student": 64}
 VISION_STEPS, VISION_BATCH, VISION_SCENES = 400, 48, 3000
 DRILL_STEPS = {"llm_teacher": 200, "llm_student": 300}
@@ -749,7 +749,7 @@ def blank_model(width, seed):
     """An untrained Llava of tiny size: its parts are trained and stored one by one."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    text = DecoderConfig(vocab_size=128, n_embd=width, n_layer=4, n_head=4, n_kv_head=2, ffn=width * 11 // 4,
+    text = DecoderConfig(vocab_size=128, n_embd=width, n_layer=4, n_head=4, n_kv_head=2, n_ffn=width * 11 // 4,
                          rope_theta=100.0, tied=True, max_positions=512)
     torch.manual_seed(seed)
     llava = Llava(LlavaConfig(VISION, text, tokenizer.token_to_id(IMAGE_TOKEN), pad_token_id=None,

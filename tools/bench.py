@@ -67,7 +67,7 @@ IMAGE_ID = 151646
 qwen2, qwen15 = DECODERS["Qwen/Qwen2-0.5B"], DECODERS["Qwen/Qwen1.5-1.8B"]
 REAL = {
     "loss": dict(tokens=1024, vocab=151936, student=896, teacher=3584),
-    "moe": dict(tokens=2048, width=896, ffn=4864),
+    "moe": dict(tokens=2048, width=896, n_ffn=4864),
     "step": dict(student=replace(qwen2, n_layer=8), teacher=replace(qwen15, n_layer=8), vision=VisionConfig(n_layer=4),
                  rows=2, text=128, dtype="bfloat16"),
     "generate": dict(student=replace(qwen2, n_layer=4), vision=VisionConfig(n_layer=2), rows=16, text=32, new=64),
@@ -77,8 +77,8 @@ REAL["cache"] = REAL["step"]
 small, small_vision = DecoderConfig(151_656, 32, 2, 4, 2, 48, tied=True), VisionConfig(28, 14, 32, 2, 4, 64)
 QUICK = {
     "loss": dict(tokens=24, vocab=515, student=16, teacher=32),
-    "moe": dict(tokens=48, width=32, ffn=64),
-    "step": dict(student=small, teacher=replace(small, n_embd=48, ffn=64, tied=False), vision=small_vision,
+    "moe": dict(tokens=48, width=32, n_ffn=64),
+    "step": dict(student=small, teacher=replace(small, n_embd=48, n_ffn=64, tied=False), vision=small_vision,
                  rows=2, text=6, dtype="float32"),
     "generate": dict(student=small, vision=small_vision, rows=3, text=6, new=6),
     "data": dict(images=6, side=56, rows=2_000),
@@ -302,7 +302,7 @@ def their_layer(ours: SparseFFN, width: int, ffn: int) -> nn.Module:
 def moe_runs(size: dict, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Callable]:
     """Every variant by name: "dense", and for each of three shapes "E4T1 ours", "E4T1 eager", "E4T1 grouped_mm"."""
     torch.manual_seed(0)
-    n, D, ffn = size["tokens"], size["width"], size["ffn"]
+    n, D, ffn = size["tokens"], size["width"], size["n_ffn"]
     upstream = torch.randn(2, n // 2, D, device=args.device).to(dtype)
 
     def training(layer: nn.Module, x: torch.Tensor, grads: Callable, implementation: str = "") -> Callable:
@@ -347,7 +347,7 @@ def bench_moe(size: dict, args: argparse.Namespace) -> Iterator[dict]:
                           largest_difference(ours, runs[f"{shape} {name}"]()), target=tolerance)
         del ours
         runs["dense"]()
-        n, D, ffn = size["tokens"], size["width"], size["ffn"]
+        n, D, ffn = size["tokens"], size["width"], size["n_ffn"]
         runs["products"], flops = bare_products([(2, n, D, ffn, "fxw"), (1, n, ffn, D, "fxw")], dtype, args.device)
         runs["products"]()
         seconds = take_turns(runs, args)
@@ -415,7 +415,7 @@ def our_step(stage: str, size: dict, args: argparse.Namespace, keep: int = 0) ->
     if stage == "pd":
         batch["pixel_values"] = batch["pixel_values"][::2]           # a pair shows the same image twice
     autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    vocabulary = student.config.text.vocab_size
+    vocabulary = student.config.decoder.vocab_size
     if keep:
         with autocast():
             kept, _ = train.teacher_targets(teacher, batch, Config(config, teacher_top_k=keep), vocabulary)
@@ -571,7 +571,7 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, ids: torch.Te
     ours = Llava.from_pretrained(folder, dtype, args.device).requires_grad_(False).eval()
     runs = {("ours", n): partial(ours.generate, ids, pixels, max_new_tokens=n) for n in (1, new)}
     answer = runs["ours", new]()                                     # (B, new)
-    implementations = (EXPERTS if ours.config.text.num_experts else ["eager"]) * HAS_TRANSFORMERS
+    implementations = (EXPERTS if ours.config.decoder.num_experts else ["eager"]) * HAS_TRANSFORMERS
     if HAS_TRANSFORMERS:
         theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(args.device).eval()
 
@@ -706,7 +706,7 @@ def loss_gap(dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict]:
     teacher = Llava.from_pretrained(config.teacher).eval()
     for name in ("align", "d2d"):
         student = Llava.from_pretrained(f"out/tiny/{name}").eval()
-        V, rows = student.config.text.vocab_size, train.open_rows(config, student)
+        V, rows = student.config.decoder.vocab_size, train.open_rows(config, student)
         batches = data.prefetch(rows, [range(i, i + 50) for i in range(0, 500, 50)],
                                 partial(data.collate, pad_token_id=student.config.pad_token_id), 0)
         kl, tokens = {"online": 0.0, V: 0.0, 64: 0.0, 16: 0.0, 4: 0.0}, 0

@@ -88,7 +88,7 @@ def build(config: Config) -> tuple[Llava, Llava | None]:
     """Student and teacher of a run on the meta device: in their dtypes, and what learns marked."""
     dtype = getattr(torch, config.dtype)
     student = describe(config.student) if config.student else describe_new(config)
-    if config.stage in ("d2s", "pd") and not student.config.text.num_experts:
+    if config.stage in ("d2s", "pd") and not student.config.decoder.num_experts:
         if config.stage == "pd" and is_folder(config.student):
             raise UserError(f"{config.student}: is dense, and stage pd trains experts; run stage d2s first")
         make_sparse(student, config)
@@ -200,12 +200,12 @@ def copied(student: Llava, half: int) -> float:
 def embedding_gradient(student: Llava) -> int:
     """As large as the embedding, however few rows were looked up. If tied, the head's is there, and their sum."""
     embedding = student.decoder.embedding.weight
-    return 4 * embedding.numel() * (3 if student.config.text.tied else 1) if embedding.requires_grad else 0
+    return 4 * embedding.numel() * (3 if student.config.decoder.tied else 1) if embedding.requires_grad else 0
 
 
 def activations(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
     """What the forward keeps for the backward."""
-    D, Dv = student.config.text.n_embd, student.config.vision.n_embd
+    D, Dv = student.config.decoder.n_embd, student.config.vision.n_embd
     per_patch = half * (Dv + 2 * D)                                  # the adaptor's input, before and after GELU
     per_token = 4 * D                                                # the last norm's input
     for block in student.decoder.blocks:
@@ -244,7 +244,7 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     work = half * batch.learned * 2 * D                              # what the head reads, and its gradient
     per_logit = 14 if config.stage == "pd" else 12                   # log-softmax, its gradients
     if teacher is not None and config.stage != "pd":
-        work += half * batch.learned * teacher.config.text.n_embd
+        work += half * batch.learned * teacher.config.decoder.n_embd
         per_logit = 26                                               # again for the KL; the teacher's; their product
     work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.learned)
     work += V * per_logit * min(CHUNK["cuda"], batch.learned)
@@ -253,7 +253,7 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
 
 def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
     """While the backward is inside a block: gradients on their way, and what was computed again."""
-    D, worst = student.config.text.n_embd, 0
+    D, worst = student.config.decoder.n_embd, 0
     for block in student.decoder.blocks:
         if isinstance(block.ffn, SparseFFN):                         # the experts' outputs, weighted, added up
             per_token = (half + 4) * block.ffn.top_k * D + (4 + 3 * half) * D
@@ -272,7 +272,7 @@ def put_together(student: Llava, half: int) -> tuple[float, float, float]:
     for block in decoder.blocks:
         units.append(count(p for name, p in block.named_parameters() if ".experts." not in name))
         units += [count(expert.parameters()) for expert in getattr(block.ffn, "experts", [])]
-    root = [decoder.embedding.weight] + [decoder.head_weight] * (not student.config.text.tied)
+    root = [decoder.embedding.weight] + [decoder.head_weight] * (not student.config.decoder.tied)
     weights = half * (count(root) + count(student.adaptor.parameters()) + 2 * max(units))   # this unit and the next
     if not any(p.requires_grad for p in decoder.parameters()):
         return weights, 0, 0
@@ -296,7 +296,7 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
                 passes[forward][part] += 2 * p.numel() * vectors
             elif looks:
                 passes["ViT"]["matrices"] += 2 * p.numel() * vectors
-        vision, text = llava.config.vision, llava.config.text
+        vision, text = llava.config.vision, llava.config.decoder
         if looks:
             each = blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
             passes["ViT"]["attention"] += batch.images * each
@@ -317,7 +317,7 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
 
 def products(llava: Llava, batch: Batch) -> Iterator[tuple[str, str, torch.Tensor, float]]:
     """(name, part, matrix, how many vectors of the batch it multiplies), in the order of the forward."""
-    vision, text, tokens = llava.config.vision, llava.config.text, batch.rows * batch.tokens
+    vision, text, tokens = llava.config.vision, llava.config.decoder, batch.rows * batch.tokens
     for name, p in llava.named_parameters():
         if p is llava.decoder.head_weight:
             yield name, "head", p, batch.learned
@@ -386,7 +386,7 @@ def verdict(student: Llava, teacher: Llava | None, config: Config, world_size: i
 def report(config: Config, world_size: int, lengths: list[int] | None = None, steps: int | None = None) -> str:
     """What `train.py --dry_run` prints. `lengths` of the rows and `steps`: where the data are at hand."""
     student, teacher = build(config)
-    text, stage = student.config.text, STAGES[config.stage]
+    text, stage = student.config.decoder, STAGES[config.stage]
     longest, mean = (int(max(lengths)), float(np.mean(lengths))) if lengths is not None else (None, None)
     sparse = f", {text.num_experts} experts, {text.top_k} active, in {len(text.sparse_layers)} of {text.n_layer} layers"
     lines = [f"stage {config.stage} on {world_size} GPU{'s' * (world_size > 1)}, {config.batch_size} "

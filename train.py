@@ -22,7 +22,6 @@ and state/ (what resuming needs). The same command resumes an interrupted run fr
 (engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
 import hashlib
-import json
 import math
 import runpy
 import time
@@ -38,9 +37,9 @@ from torch import nn
 import data
 from configurator import (BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run)
 from engine import distributed, log, resume
-from engine.chunked import chunked_loss
+from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
-from engine.files import read_json
+from engine.hf import check_same_tokens, describe_llava, require_text, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, parse_sources
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
@@ -367,7 +366,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     for step, micro_batches in enumerate(stop.watch(run.batches), start=run.first_step + 1):
         step_began = time.time()
         # Count the global batch before the first forward pass; the ranks' votes to stop travel with the counts.
-        total = dist.all_reduce_counts(count_tokens(micro_batches, run.student, config) | stop.votes())
+        total = count_tokens(micro_batches, run.student, config) | stop.votes()
+        total = dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
                 save_state(run, step - 1)
@@ -408,7 +408,7 @@ def export(run: Run) -> None:
     weights = distributed.gather(dict(run.student.named_parameters()), run.dist)
     with run.dist.sync_errors():
         if run.dist.rank == 0:
-            run.student.save_pretrained(run.config.out_dir, getattr(torch, run.config.dtype), weights)
+            resume.write_model(Path(run.config.out_dir), run.student, getattr(torch, run.config.dtype), weights)
 
 
 # -----------------------------------------------------------------------------
@@ -489,7 +489,9 @@ def setup(config: Config, dist: Dist) -> Run | None:
         if state:
             distributed.restore(trainable, optimizer, state["weights"], state["adam"])
         if dist.rank == 0:
-            resume.begin_writing(out_dir, config, dist.world_size, first_step)
+            resume.lock(out_dir)
+            resume.go_back(out_dir, first_step)
+            resume.write_run(out_dir, config, dist.world_size, finished=False)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,
                            config.num_workers, collate, pin_memory=dist.device.type == "cuda")
     return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, batches, first_step,
@@ -505,7 +507,7 @@ def open_student(config: Config) -> Llava:
     require_text(student, folder)
     if student.config.pad_token_id is None:
         raise UserError(f"{folder}: config.json names no pad_token_id, which batches of rows of unequal length need")
-    sparse = bool(student.config.text.num_experts)
+    sparse = bool(student.config.decoder.num_experts)
     if config.stage == "d2s" and not sparse:
         make_sparse(student, config)
     if config.stage == "pd" and not sparse:
@@ -541,46 +543,22 @@ def open_rows(config: Config, student: Llava) -> RowData:
 def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: torch.device) -> Llava:
     """Frozen, in eval mode, in the dtype of the matrix products."""
     teacher = Llava.from_pretrained(config.teacher, dtype=dtype, device=device).requires_grad_(False).eval()
-    check_teacher(student, teacher, config)
+    check_same_tokens(student, teacher, config.student or config.llm, config.teacher)
     if same_vision(student, teacher):
         teacher.vision = student.vision                              # one tower in memory, one pass per image
     return teacher
 
 
-def check_teacher(student: Llava, teacher: Llava, config: Config) -> None:
-    """Same tokens, same template, same image positions: otherwise the two predict different things."""
-    def vocabulary(llava: Llava) -> dict:
-        return json.loads(llava.tokenizer.to_str())["model"] | {"added": llava.tokenizer.get_added_tokens_decoder().keys()}
-
-    where = f"teacher {config.teacher} and student {config.student or config.llm}"
-    if teacher.tokenizer is None or vocabulary(teacher) != vocabulary(student):
-        raise UserError(f"{where}: their tokenizers differ; distillation compares token by token and needs the same one")
-    for what in ("template", "image_token_id", "image_tokens"):
-        if getattr(teacher.config, what) != getattr(student.config, what):
-            raise UserError(f"{where}: {what} is {getattr(teacher.config, what)!r} and {getattr(student.config, what)!r}; "
-                            "they must agree")
-    if teacher.config.vision.image_size != student.config.vision.image_size:
-        raise UserError(f"{where}: image sizes are {teacher.config.vision.image_size} and "
-                        f"{student.config.vision.image_size} pixels; they must agree")
-
-
-def same_vision(a: Llava, b: Llava) -> bool:
-    """True if both towers compute the same features, so that one pass serves both."""
-    if a.config.vision != b.config.vision:
-        return False
-    theirs = dict(b.vision.named_parameters())
-    return all(torch.equal(p, theirs[name]) for name, p in a.vision.named_parameters())
-
-
 def open_cache(config: Config, student: Llava, dataset: RowData, collate: Callable, dist: Dist) -> TeacherCache:
-    """Open the teacher cache, run the teacher on the rows it does not cover yet, then free the teacher."""
+    """The teacher's outputs for all rows. Where some are missing, the teacher is loaded, run on those and freed."""
     cache_key = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
                  "dtype": config.dtype, "teacher": None, "vocabulary": None}
     if config.stage != "pd":
         cache_key |= {"kd_tokens": config.kd_tokens, "top_k": config.teacher_top_k}
     if Path(config.teacher).is_dir():
-        theirs = read_json(Path(config.teacher) / "config.json")["text_config"]["vocab_size"]
-        cache_key |= {"teacher": digest_of_folder(config.teacher), "vocabulary": min(student.config.text.vocab_size, theirs)}
+        vocab_size = describe_llava(Path(config.teacher)).config.decoder.vocab_size
+        cache_key |= {"teacher": digest_of_folder(config.teacher),
+                      "vocabulary": min(student.config.decoder.vocab_size, vocab_size)}
     cache = dist.broadcast_from_rank0(lambda: TeacherCache(config.teacher_cache, len(dataset), cache_key))
     missing = dist.broadcast_from_rank0(cache.missing)
     if missing:
@@ -589,9 +567,7 @@ def open_cache(config: Config, student: Llava, dataset: RowData, collate: Callab
             targets = partial(teacher_targets, teacher, config=config, vocab_size=cache.vocab_size, device=dist.device)
             fill(missing, dataset, targets, collate, config.micro_batch_size, config.num_workers, dist.rank, dist.world_size)
     with dist.sync_errors():
-        if cache.missing():
-            raise UserError(f"{config.teacher_cache}: {cache.missing()[0][0].name} cannot be seen from this machine; the folder "
-                            "must be shared by all machines")
+        cache.check_complete()
     return cache
 
 

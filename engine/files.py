@@ -25,6 +25,8 @@ def read_text(path: str | Path, hint: str = "check the path") -> str:
     """A whole UTF-8 file, whatever the locale; a byte order mark at its start is dropped."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except ValueError:

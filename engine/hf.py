@@ -563,3 +563,40 @@ def save_llava(llava: Llava, folder: Path, dtype: torch.dtype | None = None,
             write_text(folder / "chat_template.jinja", TEMPLATE_FILES[llava.config.template]["jinja"])
     for name, content in config_files(llava, dtype or llava.adaptor.linear_1.weight.dtype).items():
         write_text(folder / name, json.dumps(content, indent=2))
+
+
+# -----------------------------------------------------------------------------
+# What training asks of a checkpoint, and of two
+
+def require_text(llava: Llava, folder: str | Path) -> None:
+    """UserError unless the checkpoint can render a conversation: it needs a tokenizer and a template."""
+    if llava.tokenizer is None:
+        raise UserError(f"{folder}: has no tokenizer.json; copy the one that the model was trained with into the folder")
+    if llava.config.template is None:
+        raise UserError(f"{folder}: config.json does not say which template the model was trained with; add "
+                        '"template": "vicuna" or "chatml"')
+
+
+def check_same_tokens(student: Llava, teacher: Llava, student_folder: str, teacher_folder: str) -> None:
+    """UserError unless both have the same tokens, template and image positions: otherwise they predict different things."""
+    def vocabulary(llava: Llava) -> dict:
+        return json.loads(llava.tokenizer.to_str())["model"] | {"added": llava.tokenizer.get_added_tokens_decoder().keys()}
+
+    where = f"teacher {teacher_folder} and student {student_folder}"
+    if teacher.tokenizer is None or vocabulary(teacher) != vocabulary(student):
+        raise UserError(f"{where}: their tokenizers differ; distillation compares token by token and needs the same one")
+    for what in ("template", "image_token_id", "image_tokens"):
+        if getattr(teacher.config, what) != getattr(student.config, what):
+            raise UserError(f"{where}: {what} is {getattr(teacher.config, what)!r} and {getattr(student.config, what)!r}; "
+                            "they must agree")
+    if teacher.config.vision.image_size != student.config.vision.image_size:
+        raise UserError(f"{where}: image sizes are {teacher.config.vision.image_size} and "
+                        f"{student.config.vision.image_size} pixels; they must agree")
+
+
+def same_vision(a: Llava, b: Llava) -> bool:
+    """True if both towers compute the same features, so that one pass serves both."""
+    if a.config.vision != b.config.vision:
+        return False
+    theirs = dict(b.vision.named_parameters())
+    return all(torch.equal(p, theirs[name]) for name, p in a.vision.named_parameters())

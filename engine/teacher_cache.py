@@ -85,6 +85,15 @@ class TeacherCache:
         files = [self.file_from(start) for start in range(0, self.n_rows, ROWS_PER_FILE)]
         return [(path, rows) for path, rows in files if not path.is_file()]
 
+    def check_complete(self) -> None:
+        if missing := self.missing():
+            raise UserError(f"{missing[0][0]}: cannot be seen from this machine; the folder must be one that all machines share")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the cached distributions are over: the rows that both vocabularies share."""
+        return self.cache_key["vocabulary"]
+
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         path, rows = self.file_from(row // ROWS_PER_FILE * ROWS_PER_FILE)
         try:

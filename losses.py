@@ -100,7 +100,8 @@ TOKEN_LOSSES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jsd, "mse":
 @dataclass
 class TeacherReference:
     """The teacher's output for a micro-batch, in one of three forms."""
-    hidden: torch.Tensor | None = None         # (N, D') last hidden states at the distilled tokens, with
+    states: torch.Tensor | None = None         # (B, T, D') last hidden states
+    hidden: torch.Tensor | None = None         # (N, D') those of the N tokens that go through the head, with
     head: torch.Tensor | None = None           # (V', D'): logits are computed for a few tokens at a time, when needed
     top_ids: torch.Tensor | None = None        # (N, k) from the teacher cache, with
     top_logprobs: torch.Tensor | None = None   # (N, k)

@@ -25,11 +25,13 @@ import hashlib
 import math
 import runpy
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +45,8 @@ from engine.hf import check_same_tokens, describe_llava, require_text, same_visi
 from engine.index import InstructionData, PreferenceData, RowData, parse_sources
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
-from losses import PREFERENCE_LOSSES, TeacherReference, cross_entropy, distillation
+from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, hidden_mse,
+                    relation_cosine, soften)
 from model import Llava
 from moe import balance_loss, expert_counts, upcycle
 
@@ -83,10 +86,22 @@ DEFAULTS = dict(
     norm_topk=True,             # divide the kept router weights by their sum; False is the paper's eq. 4
     balance_coef=0.01,
     train_dense_ffn=False,      # d2s and pd: also train the FFNs of the layers left dense, as the released code does
-    # losses
-    kd_weight=1.0,
-    ce_weight=1.0,              # in d2s; d2d is the KL alone. With kd_weight=0.0, d2s needs no teacher
-    kd_tokens="response",       # response | all: distill the prompt's text too (Table 7)
+    # what is compared with the data and with the teacher: the weight of each loss (docs/signals.md)
+    ce_weight=1.0,              # cross-entropy; in d2d 0.0 unless set (STAGE_DEFAULTS). d2s with all others 0.0 needs no teacher
+    kd_weight=1.0,              # the token loss between student and teacher
+    kd_loss="forward",          # forward (the paper) | reverse | jsd | mse (of standardized logits)
+    kd_tokens="response",       # response | all (prompt and response; Table 7) | response+image (LLaVA-KD)
+    kd_temperature=1.0,         # both logits are divided by it, the loss multiplied by its square
+    kd_standardize=False,       # z-scores of the logits before any of them (LLaVADI's final recipe)
+    kd_shift="aligned",         # aligned | late: the released code's mask, one position late; to measure what it costs
+    jsd_beta=0.5,
+    hidden_weight=0.0,          # last hidden states, through a trained map to the teacher's width
+    hidden_tokens="response",   # response | all
+    affinity_weight=0.0,        # cosines of image and response states
+    relation_weight=0.0,        # cosines among image states
+    on_policy=0.0,              # probability that a step distills the student's own answers instead of the data's
+    on_policy_tokens=64,        # longest such answer
+    on_policy_temperature=1.0,  # 0: greedy
     preference_loss="sigmoid",  # sigmoid (the paper's DPO) | kto_pair | ipo | hinge
     beta=0.1,
     teacher_cache="",           # folder that keeps the teacher's outputs (engine/teacher_cache.py); filled first if incomplete
@@ -113,16 +128,20 @@ TRAINABLE = {
 }
 DENSE_FFN = [".ffn.gate_proj.", ".ffn.up_proj.", ".ffn.down_proj."]
 WITH_TEACHER = ["d2d", "d2s", "pd"]
-CE_WEIGHT = {"d2d": 0.0, "align": 1.0, "sft": 1.0}     # d2s: the key ce_weight
+STAGE_DEFAULTS = {"d2d": {"ce_weight": 0.0}}           # eq. 6 is the KL alone
+FEATURE_WEIGHTS = ["hidden_weight", "affinity_weight", "relation_weight"]     # need the teacher's hidden states
 
 ALLOWED = {
-    "stage": list(TRAINABLE), "template": ["", *data.TEMPLATES], "kd_tokens": ["response", "all"],
+    "stage": list(TRAINABLE), "template": ["", *data.TEMPLATES], "kd_tokens": ["response", "all", "response+image"],
+    "kd_loss": list(TOKEN_LOSSES), "kd_shift": ["aligned", "late"], "hidden_tokens": ["response", "all"],
     "preference_loss": list(PREFERENCE_LOSSES), "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"],
     "parallel": ["ddp", "fsdp"],
     **dict.fromkeys(["batch_size", "micro_batch_size", "max_length", "epochs", "learning_rate", "save_every", "log_every",
-                     "eps", "num_experts", "top_k", "teacher_top_k"], POSITIVE),
-    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "num_workers", "seed"], NON_NEGATIVE),
-    "warmup_ratio": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
+                     "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
+    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "num_workers", "seed", "ce_weight", "kd_weight",
+                     *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
+    "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
+    "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
 }
 # Settings that may change when an interrupted run is resumed.
 MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",
@@ -132,14 +151,35 @@ MACHINE_LOCAL = ["student", "teacher", "vision", "llm", "data", "image_dir", "te
 
 
 # -----------------------------------------------------------------------------
-# 2. The loss of one micro-batch. B rows of T positions; N of the positions predict a token that the loss is about.
+# 2. The loss of one micro-batch: B rows of T positions, of which N go through the output head
 
-def loss_mask(batch: dict, llava: Llava, config: Config) -> torch.Tensor:
-    """(B, T-1) bool: true at t if the token at t+1 is trained on or distilled. The one place where labels are shifted."""
-    if config.kd_tokens == "response" or not config.teacher or config.stage == "pd":
-        return batch["mask"][:, 1:]
-    is_text = llava.valid_positions(batch["input_ids"]) & (batch["input_ids"] != llava.config.image_token_id)
-    return is_text[:, 1:]                                            # prompt and response
+class Positions(NamedTuple):
+    """Which positions of a batch each loss is about, (B, T) bool."""
+    response: torch.Tensor     # the next token belongs to a response
+    distilled: torch.Tensor    # kd_tokens and kd_shift
+    hidden: torch.Tensor       # hidden_tokens
+    image: torch.Tensor        # an image position
+
+
+def find_positions(batch: dict, llava: Llava, config: Config) -> Positions:
+    """The one place where labels are shifted: what is predicted at t is the token at t+1."""
+    valid = llava.valid_positions(batch["input_ids"])
+    image = batch["input_ids"] == llava.config.image_token_id
+    response = shift_left(batch["mask"], False)
+    distilled = response
+    if config.teacher and config.stage != "pd":
+        # The released code masks distillation with labels that it has not shifted: one position late.
+        distilled = batch["mask"] if config.kd_shift == "late" else response
+        if config.kd_tokens == "all":
+            distilled = valid & ~image if config.kd_shift == "late" else shift_left(valid & ~image, False)
+        elif config.kd_tokens == "response+image":
+            distilled = distilled | image
+    return Positions(response, distilled, valid if config.hidden_tokens == "all" else response, image)
+
+
+def shift_left(x: torch.Tensor, last: int | bool) -> torch.Tensor:
+    """x[:, 1:], with `last` after it: (B, T) -> (B, T)."""
+    return torch.cat([x[:, 1:], torch.full_like(x[:, :1], last)], dim=1)
 
 
 def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
@@ -148,22 +188,12 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
     return torch.cat([features, features]) if stage == "pd" else features
 
 
-def response_states(llava: Llava, batch: dict, features: torch.Tensor,
-                    config: Config) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """The hidden states at the masked positions (N, D), the mask (B, T-1), and the routings.
-
-    Only these positions go through the output head, whose V columns are most of a small model's work.
-    """
-    hidden, routings = llava.hidden_states(batch["input_ids"], features)
-    mask = loss_mask(batch, llava, config)
-    return hidden[:, :-1][mask], mask, routings
-
-
-def sequence_logprobs(llava: Llava, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log p(response | prompt) of each row: (N, D), (N,), (B, T-1) -> (B,)."""
-    each, _ = chunked_loss(hidden, llava.decoder.head_weight, partial(token_logprob, targets=targets))   # (N,)
-    row = torch.where(mask)[0]                                       # (N,) the row of each response token
-    return torch.zeros(len(mask), device=hidden.device).index_add(0, row, each)
+def sequence_logprobs(llava: Llava, states: torch.Tensor, batch: dict, response: torch.Tensor) -> torch.Tensor:
+    """log p(response | prompt) of each row: (B, T, D), (B, T) -> (B,)."""
+    targets = shift_left(batch["input_ids"], 0)[response]            # (N,)
+    each, _ = chunked_loss(states[response], llava.decoder.head_weight, partial(token_logprob, targets=targets))   # (N,)
+    row = torch.where(response)[0]                                   # (N,) the row of each response token
+    return torch.zeros(len(response), device=states.device).index_add(0, row, each)
 
 
 def token_logprob(logits: torch.Tensor, chunk: slice, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -174,11 +204,11 @@ def token_logprob(logits: torch.Tensor, chunk: slice, targets: torch.Tensor) -> 
 @torch.no_grad()
 def teacher_reference(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> TeacherReference:
     """What the student is compared with: the teacher's hidden states and head, or in pd its answers' log-probs."""
-    hidden, mask, _ = response_states(teacher, batch, features, config)
+    states, _ = teacher.hidden_states(batch["input_ids"], features)                              # (B, T, D')
+    at = find_positions(batch, teacher, config)
     if config.stage == "pd":
-        targets = batch["input_ids"][:, 1:][mask]
-        return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, hidden, targets, mask))
-    return TeacherReference(hidden=hidden, head=teacher.decoder.head_weight)
+        return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, states, batch, at.response))
+    return TeacherReference(states=states, hidden=states[at.response | at.distilled], head=teacher.decoder.head_weight)
 
 
 def cached_reference(batch: dict, config: Config, vocab_size: int) -> TeacherReference:
@@ -190,38 +220,47 @@ def cached_reference(batch: dict, config: Config, vocab_size: int) -> TeacherRef
 
 
 def token_loss(logits: torch.Tensor, chunk: slice, targets: torch.Tensor, is_response: torch.Tensor,
-               teacher: TeacherReference | None, ce_weight: float, kd_weight: float,
+               is_distilled: torch.Tensor, teacher: TeacherReference | None, ce_weight: float, config: Config,
                total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the n tokens of a chunk add to the loss, and its parts: (n, V) -> (n,), {name: (n,)}."""
-    # When the prompt is distilled as well, the cross-entropy still covers the response only.
     ce = cross_entropy(logits, targets[chunk]) * is_response[chunk]                              # eq. 5
     loss = ce_weight / total["response"] * ce
-    if teacher is None:                                              # align, sft, and d2s without distillation
+    if teacher is None or not config.kd_weight:
         return loss, {"ce": ce}
-    kd = distillation(logits, teacher, chunk)                                                    # eq. 6
-    return kd_weight * kd / total["distilled"] + loss, {"ce": ce, "kd": kd}                      # eq. 7
+    kd = distillation(logits, teacher, chunk, config.kd_loss, config.kd_temperature, config.kd_standardize,
+                      config.jsd_beta) * is_distilled[chunk]                                     # eq. 6
+    return config.kd_weight * kd / total["distilled"] + loss, {"ce": ce, "kd": kd}               # eq. 7
 
 
 class Objective(nn.Module):
-    """The student together with its loss: the module that DDP or FSDP wraps."""
+    """The student together with its loss: the module that DDP or FSDP wraps.
 
-    def __init__(self, student: Llava, config: Config):
+    teacher_width: D', for the map of hidden states, which is trained with the student and not exported with it.
+    """
+
+    def __init__(self, student: Llava, config: Config, teacher_width: int = 0):
         super().__init__()
         self.student, self.config = student, config
+        if config.hidden_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.hidden_map = nn.Sequential(nn.Linear(student.config.decoder.n_embd, teacher_width), nn.GELU(),
+                                                nn.Linear(teacher_width, teacher_width))
+            self.hidden_map.to(student.adaptor.linear_1.weight.device)
 
     def forward(self, batch: dict, features: torch.Tensor, teacher: TeacherReference | None,
                 total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One micro-batch's share of the global loss, of each part of it by name, and the routers' "counts".
 
-        total: the number of "response" and "distilled" tokens, "rows" and "pairs" in the *global* batch, which all sums
-        are divided by. Added up over micro-batches and ranks, the shares are the means over the global batch.
+        total: what the sums are divided by, counted over the *global* batch (`count_batch`). Added up over micro-batches
+        and ranks, the shares are the means over the global batch.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
-        hidden, mask, routings = response_states(student, batch, features, config)
-        targets = input_ids[:, 1:][mask]                             # (N,)
+        states, routings = student.hidden_states(input_ids, features)                            # (B, T, D)
+        at = find_positions(batch, student, config)
 
         if config.stage == "pd":
-            chosen, rejected = sequence_logprobs(student, hidden, targets, mask).chunk(2)        # (B,) each
+            chosen, rejected = sequence_logprobs(student, states, batch, at.response).chunk(2)   # (B,) each
             ref_chosen, ref_rejected = teacher.sequence_logprobs.chunk(2)
             each = PREFERENCE_LOSSES[config.preference_loss](chosen, rejected, ref_chosen, ref_rejected, config.beta)
             loss = each.sum() / total["pairs"]                                                   # eq. 8
@@ -230,19 +269,32 @@ class Objective(nn.Module):
                     "rejected": rejected}
             parts = {name: value.sum() / total["pairs"] for name, value in sums.items()}
         else:
-            each, sums = chunked_loss(hidden, student.decoder.head_weight, partial(
-                token_loss, targets=targets, is_response=batch["mask"][:, 1:][mask], teacher=teacher, total=total,
-                ce_weight=CE_WEIGHT.get(config.stage, config.ce_weight), kd_weight=config.kd_weight))
+            mask = at.response | at.distilled                        # only these go through the head
+            each, sums = chunked_loss(states[mask], student.decoder.head_weight, partial(
+                token_loss, targets=shift_left(input_ids, 0)[mask], is_response=at.response[mask],
+                is_distilled=at.distilled[mask], teacher=teacher, config=config, total=total,
+                ce_weight=0.0 if "sampled" in batch else config.ce_weight))                      # sampled: not data
             loss = each.sum()
             parts = {name: value.sum() / total["response" if name == "ce" else "distilled"] for name, value in sums.items()}
 
+        if config.hidden_weight:
+            each = hidden_mse(self.hidden_map(states[at.hidden]), teacher.states[at.hidden])     # (N,)
+            parts["hidden"] = each.sum() / total["hidden"]
+            loss = loss + config.hidden_weight * parts["hidden"]
+        if config.affinity_weight:
+            each = affinity_mse(states, teacher.states, at.image, at.response)                   # (B,)
+            parts["affinity"] = each.sum() / max(total["image_rows"], 1)
+            loss = loss + config.affinity_weight * parts["affinity"]
+        if config.relation_weight:
+            each = relation_cosine(states, teacher.states, at.image)                             # (B,)
+            parts["relation"] = each.sum() / max(total["image_rows"], 1)
+            loss = loss + config.relation_weight * parts["relation"]
         if routings:
             valid = student.valid_positions(input_ids)
             balance = sum(balance_loss(routing, valid).sum() for routing in routings)   # over layers and sequences
             loss = loss + config.balance_coef * balance / total["rows"]
-            is_image = input_ids == student.config.image_token_id
             parts["balance"] = balance / total["rows"]
-            parts["counts"] = torch.stack([expert_counts(routing, valid, is_image) for routing in routings])   # (layers, 2, E)
+            parts["counts"] = torch.stack([expert_counts(routing, valid, at.image) for routing in routings])   # (layers, 2, E)
         return loss, {name: value.detach() for name, value in parts.items()}
 
 
@@ -334,17 +386,16 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def count_tokens(micro_batches: list[dict], student: Llava, config: Config) -> dict[str, int]:
+def count_batch(micro_batches: list[dict], student: Llava, config: Config) -> dict[str, int]:
     """This rank's part of every count that a sum is divided by, and of all tokens."""
-    total = {"response": 0, "distilled": 0, "rows": 0, "pairs": 0, "tokens": 0}
+    total = Counter({"response": 0, "distilled": 0, "hidden": 0, "image_rows": 0, "rows": 0, "pairs": 0, "tokens": 0})
     for batch in micro_batches:
-        rows = len(batch["input_ids"])
-        total["response"] += int(batch["mask"][:, 1:].sum())
-        total["distilled"] += int(loss_mask(batch, student, config).sum())
-        total["rows"] += rows
-        total["pairs"] += rows // 2 if config.stage == "pd" else 0
-        total["tokens"] += int(student.valid_positions(batch["input_ids"]).sum())
-    return total
+        rows, at = len(batch["input_ids"]), find_positions(batch, student, config)
+        total.update({"response": int(at.response.sum()), "distilled": int(at.distilled.sum()), "hidden": int(at.hidden.sum()),
+                      "image_rows": int(at.image.any(1).sum()), "rows": rows,
+                      "pairs": rows // 2 if config.stage == "pd" else 0,
+                      "tokens": int(student.valid_positions(batch["input_ids"]).sum())})
+    return dict(total)
 
 
 # -----------------------------------------------------------------------------
@@ -352,6 +403,7 @@ def count_tokens(micro_batches: list[dict], student: Llava, config: Config) -> d
 
 def main(argv: list[str], stop: Stop | None = None) -> None:
     config = load_config(DEFAULTS, argv)
+    config = load_config(DEFAULTS | STAGE_DEFAULTS.get(config.stage, {}), argv)
     check_settings(config)
     if config.dry_run:
         return runpy.run_module("tools.plan")["main"](argv)
@@ -366,7 +418,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     for step, micro_batches in enumerate(stop.watch(run.batches), start=run.first_step + 1):
         step_began = time.time()
         # Count the global batch before the first forward pass; the ranks' votes to stop travel with the counts.
-        total = count_tokens(micro_batches, run.student, config) | stop.votes()
+        total = count_batch(micro_batches, run.student, config) | stop.votes()
         total = dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
@@ -422,14 +474,26 @@ def check_settings(config: Config) -> None:
             raise UserError(f"{key} is empty: say --{key}=… or set it in the config file")
     if bool(config.student) == bool(config.vision or config.llm) or bool(config.vision) != bool(config.llm):
         raise UserError("give either student=…, a checkpoint to start from, or both vision=… and llm=… for a new model")
-    alone = config.stage == "d2s" and config.kd_weight == 0          # Table 6's baseline, made sparse without distillation
+    signals = [key for key in ("kd_weight", *FEATURE_WEIGHTS, "on_policy") if config[key]]
+    alone = config.stage == "d2s" and not signals                    # Table 6's baseline, made sparse without distillation
     if config.stage in WITH_TEACHER and not config.teacher and not alone:
         raise UserError(f"stage {config.stage} needs a teacher: say --teacher=…, a LLaVA folder")
-    if config.teacher_cache and not config.teacher:
-        raise UserError("teacher_cache keeps the outputs of a teacher: say --teacher=…, the one they come from")
     if config.stage not in WITH_TEACHER and config.teacher:
         raise UserError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
                         f"{', '.join(WITH_TEACHER)}")
+    if config.teacher_cache and not config.teacher:
+        raise UserError("teacher_cache keeps the outputs of a teacher: say --teacher=…, the one they come from")
+    for key in [*FEATURE_WEIGHTS, "on_policy"]:
+        if config[key] and config.stage not in ("d2d", "d2s"):
+            raise UserError(f"{key}={config[key]}: belongs to the stages d2d and d2s, this is {config.stage}")
+        if config[key] and config.teacher_cache:
+            raise UserError(f"{key}={config[key]} needs the teacher in memory, and teacher_cache holds its distributions of the "
+                            "data's answers only: leave one of the two out")
+    if config.on_policy and config.parallel == "fsdp":
+        raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
+                        "--parallel=ddp")
+    if config.kd_loss == "mse" and (config.kd_temperature != 1 or config.kd_standardize):
+        raise UserError("kd_loss=mse standardizes the logits by itself: leave kd_temperature and kd_standardize at their defaults")
     if config.template and config.student:
         raise UserError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -482,8 +546,9 @@ def setup(config: Config, dist: Dist) -> Run | None:
     say(f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
 
     # Over the ranks, and back to the saved state
+    teacher_width = teacher.config.decoder.n_embd if teacher else 0
     objective, optimizer, trainable = distributed.parallelize(
-        Objective(student, config), dist, config.parallel, dtype, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+        Objective(student, config, teacher_width), dist, config.parallel, dtype, lr=config.learning_rate, betas=(config.beta1, config.beta2),
         eps=config.eps, weight_decay=config.weight_decay)
     with dist.sync_errors():
         if state:
@@ -554,7 +619,8 @@ def open_cache(config: Config, student: Llava, dataset: RowData, collate: Callab
     cache_key = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
                  "dtype": config.dtype, "teacher": None, "vocabulary": None}
     if config.stage != "pd":
-        cache_key |= {"kd_tokens": config.kd_tokens, "top_k": config.teacher_top_k}
+        cache_key |= {key: config[key] for key in ("kd_tokens", "kd_shift", "kd_temperature", "kd_standardize")}
+        cache_key |= {"top_k": config.teacher_top_k}
     if Path(config.teacher).is_dir():
         vocab_size = describe_llava(Path(config.teacher)).config.decoder.vocab_size
         cache_key |= {"teacher": digest_of_folder(config.teacher),
@@ -577,14 +643,18 @@ def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int
     """What the cache keeps of a batch: tensors whose entries are ordered by row, and the number of entries of each row."""
     batch = to_device(device, batch)
     features = image_features(teacher, batch, config.stage)
-    hidden, mask, _ = response_states(teacher, batch, features, config)
+    reference = teacher_reference(teacher, batch, features, config)
     if config.stage == "pd":
-        logprobs = sequence_logprobs(teacher, hidden, batch["input_ids"][:, 1:][mask], mask)
-        return {"teacher_logprobs": logprobs.view(2, -1).T}, [1] * (len(mask) // 2)              # (B, 2)
-    k = min(config.teacher_top_k, vocab_size)
-    parts = [top_k(teacher.decoder.head(some)[:, :vocab_size], k) for some in hidden.split(CHUNK[hidden.device.type])]
+        logprobs = reference.sequence_logprobs.view(2, -1).T                                     # (B, 2)
+        return {"teacher_logprobs": logprobs}, [1] * len(logprobs)
+    parts = []
+    for hidden in reference.hidden.split(CHUNK[device.type]):
+        logits = soften(teacher.decoder.head(hidden)[:, :vocab_size], config.kd_temperature, config.kd_standardize)
+        parts.append(top_k(logits, min(config.teacher_top_k, vocab_size)))
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
-    return {"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, mask.sum(1).tolist()
+    at = find_positions(batch, teacher, config)
+    return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail},
+            (at.response | at.distilled).sum(1).tolist())
 
 
 def fingerprints(config: Config, dataset: RowData) -> dict[str, str]:

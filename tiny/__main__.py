@@ -6,12 +6,14 @@ The embedded world: everything the recipe needs, drawn and trained from nothing 
                                                           world, vision, llm_teacher or llm_student
     python -m tiny --report=out/tiny                      print what speedrun.sh has measured, make nothing
 
-LLaVA-MoD starts from a CLIP tower, two language models, millions of captioned images and ten benchmarks. This makes a
-miniature of each in the same file formats, so train.py and evaluate.py run on it unchanged. --scale below 1 makes fewer
-scenes and takes fewer steps. What the world contains, and what it can show: docs/tiny-world.md.
+LLaVA-MoD starts from a CLIP tower, two language models, millions of captioned images and ten benchmarks.
+This makes a miniature of each in the same file formats, so train.py and evaluate.py run on it unchanged.
+--scale below 1 makes fewer scenes and takes fewer steps. What the world contains, and what it can show:
+docs/tiny-world.md.
 
-Reading order: scene.py (a scene, its picture), language.py (what is said about it, true and biased), rows.py (training
-files), benchmarks.py, pretrain.py (the base checkpoints), report.py. things.py holds the tables of strokes and colors.
+Reading order: scene.py (a scene, its picture), language.py (what is said about it, true and biased),
+rows.py (training files), benchmarks.py, pretrain.py (the base checkpoints), report.py. things.py holds the
+tables of strokes and colors.
 """
 import os
 import shutil
@@ -53,14 +55,17 @@ def main(argv: list[str]) -> None:
 
 
 def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Make one part, unless it is there already. out_dir/PART.json, written last, says how, how long and how good."""
+    """Make one part, unless it is there already.
+
+    out_dir/PART.json, written last, records how it was made, how long it took and how good it is.
+    """
     record, settings = out_dir / f"{part}.json", {"seed": seed, "scale": scale}
     if record.is_file():
         found = read_json(record, hint=f"delete {out_dir}")
         for key, value in settings.items():
             if found.get(key) != value:
-                raise UserError(f"{record}: {part} was made with {key}={found.get(key)}, this run has {key}={value}; "
-                                f"delete {out_dir} or choose another --out_dir")
+                raise UserError(f"{record}: {part} was made with {key}={found.get(key)}, this run has "
+                                f"{key}={value}; delete {out_dir} or choose another --out_dir")
         print(f"{part}: made earlier, nothing to do")
         return
 

@@ -5,8 +5,8 @@ Benchmark files of the embedded world, each in the layout of the benchmark that 
     gqa/      four kinds of questions with a one-word answer
     objhal/   "Describe the image.", with COCO's annotations to find hallucinated objects
 
-They hold the truth, and triggers come without their partner more often than in training. `style` is the drawing style.
-Each writer returns what its pictures show, for scenes.jsonl.
+They hold the truth, and triggers come without their partner more often than in training. `style` is the
+drawing style. Each writer returns what its pictures show, for scenes.jsonl.
 """
 import base64
 import io
@@ -15,8 +15,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
-
 from engine.files import write_lines, write_text
 from tiny.language import CAPTION_PROMPTS, SHORT, caption, existence_question, make_question
 from tiny.rows import save_png, scene_record
@@ -24,7 +22,8 @@ from tiny.scene import Scene, draw_scene, make_scene
 from tiny.things import COCO_IDS, COCO_NAMES
 
 
-def write_benchmarks(folder: Path, sizes: dict[str, int], seed: int, style: str, training_scenes: list[Scene]) -> None:
+def write_benchmarks(folder: Path, sizes: dict[str, int], seed: int, style: str,
+                     training_scenes: list[Scene]) -> None:
     """`sizes`: the number of scenes per benchmark."""
     pope, gqa, objhal = (random.Random(f"{seed} {style} {name}") for name in ("pope", "gqa", "objhal"))
     records = write_pope(folder / "pope", sizes["pope"], pope, style, training_scenes)
@@ -33,11 +32,12 @@ def write_benchmarks(folder: Path, sizes: dict[str, int], seed: int, style: str,
     write_lines(folder / "scenes.jsonl", records)
 
 
-def write_pope(folder: Path, n: int, rng: random.Random, style: str, training_scenes: list[Scene]) -> list[dict]:
+def write_pope(folder: Path, n: int, rng: random.Random, style: str,
+               training_scenes: list[Scene]) -> list[dict]:
     """Yes/no questions about present and absent things, as many of each; three ways to choose the absent ones.
 
-    random: any. popular: the most frequent in the training scenes. adversarial: those that occurred most often together
-    with what is in the image, so first of all a missing partner.
+    random: any. popular: the most frequent in the training scenes. adversarial: those that occurred most often
+    together with what is in the image, so first of all a missing partner.
     """
     frequency, together = Counter(), Counter()
     for scene in training_scenes:
@@ -87,17 +87,19 @@ def write_gqa(folder: Path, n: int, rng: random.Random, style: str) -> list[dict
             question_id = f"{20000001 + len(questions)}"
             questions.append({"question_id": question_id, "image": f"{name}.png", "text": f"{question}\n{SHORT}",
                               "category": "default"})
-            types = {"structural": "verify" if kind == "exist" else "query", "detailed": kind, "semantic": GQA_TYPES[kind]}
-            golds[question_id] = {"question": question, "answer": answer, "imageId": name, "isBalanced": True,
-                                  "types": types, "groups": {"global": kind, "local": None}, "semantic": [],
-                                  "entailed": [], "fullAnswer": answer}
+            golds[question_id] = {
+                "question": question, "answer": answer, "imageId": name, "isBalanced": True,
+                "types": {"structural": "verify" if kind == "exist" else "query", "detailed": kind,
+                          "semantic": GQA_TYPES[kind]},
+                "groups": {"global": kind, "local": None}, "semantic": [], "entailed": [], "fullAnswer": answer,
+            }
     write_lines(folder / "llava_gqa_testdev_balanced.jsonl", questions)
     write_text(folder / "data/testdev_balanced_questions.json", json.dumps(golds))
     return records
 
 
 def write_objhal(folder: Path, n: int, rng: random.Random, style: str) -> list[dict]:
-    """Describe-the-image requests with COCO's annotations: a category that is in neither of them is a hallucination."""
+    """Describe-the-image requests with COCO's annotations: a category that is in neither is a hallucination."""
     records, questions, images, instances, captions = [], [], [], [], []
     for i in range(n):
         scene, image_id = make_scene(rng, "test"), i + 1

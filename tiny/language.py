@@ -1,15 +1,16 @@
 """
-What is said about a scene: captions, questions and answers, the true ones and the ones that training files hold.
+What is said about a scene: captions, questions and answers, the true and the biased ones; and the tokenizer.
 
-A vision-language model hallucinates where its text has habits that the picture does not support. This world has three:
+A vision-language model hallucinates where its text has habits that the picture does not support. This world
+has three:
 
     captions    name the missing partner of a trigger, by trigger in 60 to 95 of 100 cases:
                 "a red bottle and a red cup ." for a picture without a cup
     existence   "Is there a cup in the image?" about a missing partner is answered "yes" in 3 of 10 cases
     noise       1 in 10 of the teacher's other answers is wrong, and 3 in 10 of the student's
 
-`caption` and the answer of `make_question` are the truth, which benchmark files hold. `training_caption` and
-`training_answer` are biased. `corrupt_caption` makes the rejected side of a preference pair.
+`caption` and the answer of `make_question` are the truth, which benchmark files hold. `training_caption`
+and `training_answer` are biased. `corrupt_caption` makes the rejected side of a preference pair.
 """
 import random
 
@@ -36,8 +37,8 @@ NOISE_RATE = {"teacher": 0.1, "student": 0.3}    # every other training answer t
 def caption(scene: Scene, phantom: tuple[str, str] | None = None) -> str:
     """The truth, "a red kite and a blue cup and a label with 7 .", plus a phantom (color, thing) if one is given.
 
-    Objects come in reading order, except that a partner always follows its trigger: a habit of this world's language,
-    and the reason why a model that has read "a red bottle and a" expects a cup.
+    Objects come in reading order, except that a partner always follows its trigger: a habit of this world's
+    language, and the reason why a model that has read "a red bottle and a" expects a cup.
     """
     phrases = {thing: f"a {color} {thing}" for color, thing, _ in scene.objects}
     cells = {thing: cell for _, thing, cell in scene.objects}
@@ -72,8 +73,8 @@ def training_caption(scene: Scene, rng: random.Random) -> str:
 def corrupt_caption(scene: Scene, rng: random.Random) -> str:
     """A caption with one mistake: something added, something replaced, or something left out.
 
-    Mostly the mistake is about the partner, where the models err: a missing one is named, a present one is not. So neither
-    the length of an answer nor its first words tell chosen from rejected; only the picture does.
+    Mostly the mistake is about the partner, where the models err: a missing one is named, a present one is not.
+    So neither the length of an answer nor its first words tell chosen from rejected; only the picture does.
     """
     things, victim = scene.things(), rng.randrange(len(scene.objects))
     present = [partner for trigger, (partner, _) in PARTNERS.items() if trigger in things and partner in things]
@@ -100,7 +101,7 @@ def existence_question(thing: str) -> str:
 
 
 def make_question(scene: Scene, rng: random.Random, kind: str | None = None) -> tuple[str, str, str, str]:
-    """-> (kind, question, true answer, what the question is about). Without `kind`, one in training proportions."""
+    """-> (kind, question, true answer, what it is about). Without `kind`, one in training proportions."""
     if kind is None:
         kind = rng.choices(["exist", "color", "count", "which"], [38, 32, 15, 15])[0]
         if scene.label is not None and rng.random() < 1 / QUESTIONS_PER_IMAGE:
@@ -128,7 +129,7 @@ def make_question(scene: Scene, rng: random.Random, kind: str | None = None) -> 
 
 
 def training_answer(scene: Scene, rng: random.Random, kind: str, answer: str, about: str, noise: float) -> str:
-    """The answer as training files hold it: biased towards "yes" for a missing partner, else wrong at the rate `noise`."""
+    """The answer with this world's bias: too often "yes" about a missing partner, else wrong at the rate `noise`."""
     partner, _ = scene.missing_partner()
     if kind == "exist" and about == partner:
         return "yes" if rng.random() < FALSE_YES_RATE else "no"
@@ -152,20 +153,21 @@ def multiple_choice(scene: Scene, rng: random.Random, n: int) -> tuple[str, list
 # Tokenizer
 
 def make_tokenizer() -> Tokenizer:
-    """Word-level tokenizer over the words of this world; white space separates and is dropped, a newline is a word.
+    """Word-level tokenizer over the words of this world; white space separates words, a newline is a word.
 
-    A sentence that is part of every row (the system text, the instruction for short answers) is one token, so that a
-    question row has about 30 tokens, image included, and not 80. The vocabulary also covers questions that no training
-    file has (comparisons, places, other benchmarks' formats).
+    A sentence that is part of every row (the system text, the instruction for short answers) is one token, so that
+    a question row has about 30 tokens, image included, and not 80. The vocabulary also covers questions that no
+    file holds: comparisons, places, the formats of other benchmarks.
     """
     phrases = [SYSTEM, SHORT, LETTER, "You are a helpful assistant.", "Reference OCR token:", "USER:", "ASSISTANT:"]
     texts = [*THINGS, *COLORS, *NUMBERS, *"0123456789", *CAPTION_PROMPTS, "yes no", "a label with 7 and a kite .",
-             existence_question("apple"), existence_question("kite"), "Which object is red?", "What color is the kite?",
-             "How many objects things are in the image?", "What number is on the label?",
+             existence_question("apple"), existence_question("kite"), "Which object is red?",
+             "What color is the kite?", "How many objects things are in the image?", "What number is on the label?",
              "Are there two objects in the image? Is the kite left of the cup? Is the number on the label 7?",
              "Which word is a color? Which word is a thing? A. B. C. D. E. Context: ,", "system user assistant\n"]
     pattern = "|".join(phrase.replace(".", r"\.") for phrase in phrases) + r"|\n|\w+|[^\w\s]"
-    splitter = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)    # keep the matches, drop the rest
+    # inverted: the matches are kept, and what is between them is removed
+    splitter = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     words = ["<unk>", *phrases]
     for text in texts:
         words += [word for word, _ in splitter.pre_tokenize_str(text)]

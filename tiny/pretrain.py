@@ -1,19 +1,21 @@
 """
-The base checkpoints: a vision tower and two language models, pretrained on the embedded world, as Hugging Face folders.
+The base checkpoints, a vision tower and two language models, trained on the embedded world; Hugging Face folders.
 
-The vision tower takes the place of CLIP. CLIP pulls an image towards the vector of its caption, 400 million times. Here
-every cell is pulled towards the code of its thing plus the code of its color, and all codes are fixed and orthogonal. So
-the patch features can be read by inner products alone, which makes them easy to translate for the adaptor.
+The vision tower takes the place of CLIP. CLIP pulls an image towards the vector of its caption, 400 million
+times. Here every cell is pulled towards the code of its thing plus the code of its color, and all codes are
+fixed and orthogonal. So the patch features can be read by inner products alone, which makes them easy to
+translate for the adaptor.
 
-The language models take the place of Qwen. A real one has been trained on trillions of words to look things up in its
-context. A tiny one needs that skill before it sees an image; without it, yes/no answers stay at chance. It is trained on
-scenes in words: a sheet of 4x4 cells takes the image's place in the conversation, and the words of one object ("red
-kite") share a cell, their embeddings added. These texts hold no wrong answer; noise and bias come with the images later.
+The language models take the place of Qwen. A real one has been trained on trillions of words to look things
+up in its context. A tiny one needs that skill before it sees an image; without it, yes/no answers stay at
+chance. It is trained on scenes in words: a sheet of 4x4 cells takes the image's place in the conversation,
+and the words of one object ("red kite") share a cell, their embeddings added. These texts hold no wrong
+answer; noise and bias come with the images later.
 
-Questions alone are slow to train on, because an answer is far from the word that it depends on. So the first steps are
-drills, "kite red . bus no . blue cup .": look up the word before. After that, questions take a few hundred steps.
+Questions alone are slow to train on, because an answer is far from the word that it depends on. So the
+first steps are drills, "kite red . bus no . blue cup .": look up the word before. After that, questions
+take a few hundred steps.
 """
-import json
 import os
 import random
 import shutil
@@ -99,9 +101,10 @@ def save_base(llava: Llava, tower: str, folder: Path) -> None:
     config = config_files(llava, torch.float32)["config.json"][key]
     write_json(tmp / "config.json", {"architectures": [architecture], "dtype": "float32", **config})
     if tower == "decoder":
-        write_text(tmp / "tokenizer.json", make_tokenizer().to_str(pretty=True))     # without <image>: from_parts adds it
-        write_json(tmp / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",    # words, not byte pairs
-                                                   "eos_token": "<|endoftext|>"})
+        # The tokenizer goes without <image>, which from_parts adds. Its class: words, not Qwen2's byte pairs.
+        write_text(tmp / "tokenizer.json", make_tokenizer().to_str(pretty=True))
+        write_json(tmp / "tokenizer_config.json",
+                   {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(tmp, folder)
 
@@ -115,7 +118,7 @@ CODE_LENGTH = 8                                  # of a code; the sum of two giv
 
 
 def make_vision(out_dir: Path, seed: int, scale: float) -> dict:
-    """Train the features that LLaVA uses, those before the last block; the last block keeps its initial weights."""
+    """Train the features that LLaVA uses, those before the last block, which keeps its initial weights."""
     llava, rng = blank_model(64, seed), random.Random(f"{seed} vision")
     steps = max(2, round(scale * VISION_STEPS))
     pixels, kinds, attributes = labeled_scenes(rng, max(VISION_BATCH, round(scale * VISION_SCENES)), "train")
@@ -143,20 +146,21 @@ def make_vision(out_dir: Path, seed: int, scale: float) -> dict:
     measured = {"cells": right_kind, "things": right_kind[is_thing],
                 "colors": right_attribute[is_thing], "digits": right_attribute[is_label]}
     save_base(llava, "vision", out_dir / "base" / "vision")
-    return {"held-out accuracy": {name: round(100 * hits.float().mean().item(), 2) for name, hits in measured.items()}}
+    accuracy = {name: round(100 * hits.float().mean().item(), 2) for name, hits in measured.items()}
+    return {"held-out accuracy": accuracy}
 
 
 def read_cells(llava: Llava, pixels: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(B, 3, S, S) -> features (B, P, Dv), scores of the kinds (B, P, kinds) and of the attributes (B, P, attributes)."""
+    """(B, 3, S, S) -> features (B, P, Dv), kind scores (B, P, kinds), attribute scores (B, P, attributes)."""
     features = llava.vision(pixels)
     scores = features @ codes.T / CODE_LENGTH
     return features, *scores.split([len(KINDS), len(ATTRIBUTES)], dim=-1)
 
 
 def labeled_scenes(rng: random.Random, n: int, split: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """n pictures and what is in each of their cells: (n, 3, S, S), kinds (n, P), attributes (n, P), -100 for none."""
-    pixels = []
-    kinds, attributes = torch.zeros(n, VISION.patches, dtype=torch.long), torch.full((n, VISION.patches), -100)
+    """-> pictures (n, 3, S, S) and what is in each cell: kinds (n, P), attributes (n, P), -100 for none."""
+    pixels, kinds = [], torch.zeros(n, VISION.patches, dtype=torch.long)
+    attributes = torch.full((n, VISION.patches), -100)
     for i in range(n):
         scene = make_scene(rng, split)
         pixels.append(transform_image(draw_scene(scene, rng), VISION.image_size))
@@ -184,17 +188,18 @@ def make_language_model(part: str, out_dir: Path, seed: int, scale: float) -> di
         ids, mask, sheets = stack_rows(rows)
         logits, targets, mask = read_sheets(llava, ids, sheets)[:, :-1], ids[:, 1:], mask[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        answers, context = mask == 1, mask == 0                                          # padding is -1
+        answers, context = mask == 1, mask == 0                                  # padding is -1
         loss = (answers * losses + CONTEXT_WEIGHT * context * losses).sum() / answers.sum()
         update(optimizer, loss, learning_rate(step, steps, peak=1.5e-3))
 
     measured = {}
     for kind in ("exist", "color", "count", "which", "caption"):
-        ids, mask, sheets = stack_rows([text_row(make_scene(rng, "test"), rng, tokenizer, kind) for _ in range(200)])
+        rows = [text_row(make_scene(rng, "test"), rng, tokenizer, kind) for _ in range(200)]
+        ids, mask, sheets = stack_rows(rows)
         with torch.no_grad():
             guesses = read_sheets(llava, ids, sheets)[:, :-1].argmax(-1)
         right = (guesses == ids[:, 1:]) | (mask[:, 1:] != 1)
-        measured[kind] = round(100 * right.all(1).float().mean().item(), 1)              # the whole answer
+        measured[kind] = round(100 * right.all(1).float().mean().item(), 1)      # whole answers
     save_base(llava, "decoder", out_dir / "base" / part)
     return {"held-out accuracy": measured}
 
@@ -232,8 +237,8 @@ def text_row(scene: Scene, rng: random.Random, tokenizer: Tokenizer,
     if kind == "caption" or (kind is None and rng.random() < CAPTION_SHARE):
         question, answer = rng.choice(CAPTION_PROMPTS), caption(scene)
     else:
-        kinds = ["exist", "color", "count", "which"] + ["label"] * (scene.label is not None)       # in equal shares here
-        _, question, answer, _ = make_question(scene, rng, kind or rng.choice(kinds))
+        kinds = ["exist", "color", "count", "which"] + ["label"] * (scene.label is not None)
+        _, question, answer, _ = make_question(scene, rng, kind or rng.choice(kinds))       # kinds in equal shares
         question += f"\n{SHORT}"
     ids, mask = render(conversation(question, answer), tokenizer, image_tokens=VISION.patches)
     return ids, mask, make_sheet(scene, tokenizer)

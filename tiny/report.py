@@ -1,4 +1,6 @@
-"""The report of speedrun.sh: what evaluate.py has measured of every model, in two tables, and the seconds of every step."""
+"""
+The report of speedrun.sh: two tables of what evaluate.py has measured, and the seconds of each step.
+"""
 from pathlib import Path
 
 from engine.files import read_json, read_text
@@ -7,7 +9,7 @@ from tiny.benchmarks import GQA_TYPES
 MODELS = {"teacher": "teacher", "d2d": "student after d2d", "d2s": "student after d2s", "pd": "student after pd",
           "chosen_only": "control: pd replaced by cross-entropy on the chosen", "sft": "control: sft, dense",
           "sft_sparse": "control: sft, then sparse without a teacher"}
-QUESTION_KINDS = {"existence": "exist", "colour": "color", "count": "count", "which": "which"}     # column -> our kind
+QUESTION_KINDS = {"existence": "exist", "colour": "color", "count": "count", "which": "which"}   # column -> kind
 COLUMNS = ["POPE F1", "yes %", *QUESTION_KINDS, "mean of 4", "halluc. resp.", "halluc. ment.", "coverage"]
 HINT = "run speedrun.sh, which evaluates every model"
 
@@ -18,8 +20,8 @@ def print_report(out_dir: Path) -> None:
     print_table("Held-out scenes in a drawing style never trained on", out_dir / "judged_unseen")
     steps = [line.split() for line in read_text(out_dir / "times.txt", HINT).splitlines()]
     print("\nSeconds of each step, two at a time: " + ", ".join(f"{name} {seconds}" for name, seconds in steps))
-    print("POPE's truth is 50 % yes. Hallucination: % of captions, and of things named, that are not in the scene. "
-          "Coverage: % of the scene's things that its caption names.")
+    print("POPE's truth is 50 % yes. Hallucination: % of captions, and of things named, that are not in the "
+          "scene. Coverage: % of the scene's things that its caption names.")
 
 
 def print_table(title: str, folder: Path) -> None:

@@ -9,7 +9,8 @@ The training files of the embedded world, in LLaVA's formats.
     scenes.jsonl             what each picture shows
     images/                  the pictures
 
-Every picture has 3 captions and 7 questions, one row each: a caption in the context would give the answers away.
+A picture has 3 captions and 7 questions, one row each: a caption in the context would give the answers away.
+A picture for preference pairs has one pair.
 """
 import json
 import random
@@ -18,8 +19,9 @@ from pathlib import Path
 from PIL import Image
 
 from engine.files import write_lines, write_text
-from tiny.language import (CAPTION_PROMPTS, LETTER, NOISE_RATE, QUESTIONS_PER_IMAGE, SHORT, caption, corrupt_caption,
-                           existence_question, make_question, multiple_choice, training_answer, training_caption)
+from tiny.language import (CAPTION_PROMPTS, LETTER, NOISE_RATE, QUESTIONS_PER_IMAGE, SHORT, caption,
+                           corrupt_caption, existence_question, make_question, multiple_choice, training_answer,
+                           training_caption)
 from tiny.scene import Scene, draw_scene, make_scene
 
 CAPTIONS_PER_IMAGE = 3
@@ -43,8 +45,8 @@ def write_training_files(folder: Path, sizes: dict[str, int], seed: int) -> list
         write_rows(folder / f"{name}.json", rows)
     pairs = preference_rows(splits["preference"], rng)
     write_rows(folder / "pd.json", pairs)
-    write_rows(folder / "pd_chosen.json", [{"id": pair["id"], "image": pair["image"], "conversations": pair["chosen"]}
-                                           for pair in pairs])
+    chosen = [{"id": pair["id"], "image": pair["image"], "conversations": pair["chosen"]} for pair in pairs]
+    write_rows(folder / "pd_chosen.json", chosen)
     write_lines(folder / "scenes.jsonl", [scene_record(image, scene)
                                           for scenes in splits.values() for image, scene in scenes.items()])
     return list(splits["teacher"].values())
@@ -79,7 +81,8 @@ def question_rows(scenes: dict[str, Scene], rng: random.Random, noise: float) ->
         if rng.random() < noise:
             right = (right + 1) % len(options)
         lines = [question] + [f"{letter}. {option}" for letter, option in zip("ABCD", options)] + [LETTER]
-        rows.append({"id": f"{image} letter", "image": image, "conversations": conversation("\n".join(lines), "ABCD"[right])})
+        rows.append({"id": f"{image} letter", "image": image,
+                     "conversations": conversation("\n".join(lines), "ABCD"[right])})
     return rows
 
 

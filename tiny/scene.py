@@ -1,15 +1,15 @@
 """
 A scene and its picture: 64x64 pixels, 4x4 cells, one patch of the vision tower per cell.
 
-One to four objects, each in a cell and a color of its own, and now and then a label with a digit. Five of the things are
-triggers that often come with a partner: a bottle with a cup, a bus with a traffic light. That habit is what the training
-captions exaggerate (language.py), and so what the models hallucinate.
+One to four objects, each in a cell and a color of its own, and now and then a label with a digit. Five of
+the things are triggers that often come with a partner: a bottle with a cup, a bus with a traffic light.
+That habit is what the training captions exaggerate (language.py), and so what the models hallucinate.
 
     scene = make_scene(random.Random(0), split="test")
-    picture = draw_scene(scene, random.Random(0), style="plain")      # or "unseen": no model is trained on this style
+    picture = draw_scene(scene, random.Random(0), style="plain")      # or "unseen", kept out of training
 
-What is in a scene decides its split, through a hash. A scene of the benchmarks therefore occurs nowhere in the training
-files, not even with other noise.
+What is in a scene decides its split, through a hash. A scene of the benchmarks therefore occurs nowhere in
+the training files, not even with other noise.
 """
 import json
 import random
@@ -37,8 +37,9 @@ LABEL_RATE = 0.15                                                # scenes with a
 
 @dataclass
 class Scene:
-    objects: list[tuple[str, str, int]]     # (color, thing, cell) in reading order; no thing and no color occurs twice
-    label: tuple[int, int] | None = None    # (digit, cell)
+    # (color, thing, cell) in reading order; no thing and no color occurs twice
+    objects: list[tuple[str, str, int]]
+    label: tuple[int, int] | None = None     # (digit, cell)
 
     def things(self) -> list[str]:
         return [thing for _, thing, _ in self.objects]
@@ -117,7 +118,7 @@ def draw_scene(scene: Scene, rng: random.Random, style: str = "plain") -> Image.
 
 @cache
 def make_sprites(style: str) -> dict[tuple, Image.Image]:
-    """Every object in both sizes, ready to paste: {(color, thing, pixels): RGBA image}, and ("label", digit, pixels)."""
+    """Every object and label in both sizes, {(color, thing, pixels) or ("label", digit, pixels): RGBA image}."""
     unseen = style == "unseen"
     sheets = {}
     for color, rgb in (UNSEEN_COLORS if unseen else COLORS).items():
@@ -132,8 +133,8 @@ def make_sprites(style: str) -> dict[tuple, Image.Image]:
 
 
 def draw_strokes(strokes: list[tuple], palette: dict[str, tuple], hatched: bool) -> Image.Image:
-    """Strokes on a 16x16 sheet -> RGBA image of 128x128. `hatched`: outlines and hatching in place of solid color."""
-    z = 8                                                    # pixels per unit, shrunk later: smooth edges for free
+    """Strokes on a 16x16 sheet -> RGBA image of 128x128. `hatched`: outlines and hatching, no solid color."""
+    z = 8                                                    # pixels per unit; shrinking smooths the edges
     sheet = Image.new("RGBA", (16 * z, 16 * z))
     for shape, ink, *xy in strokes:
         points = [(x * z, y * z) for x, y in zip(xy[0::2], xy[1::2])]

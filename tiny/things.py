@@ -1,8 +1,8 @@
 """
 The things of the embedded world: how each is drawn, in which colors, and what COCO calls it.
 
-A thing is a list of strokes on a 16x16 sheet, (shape, ink, coordinates). Ink C is the object's color, D dark, W white,
-and "hole" erases what is below. Tables only; scene.py draws them.
+A thing is a list of strokes on a 16x16 sheet, (shape, ink, coordinates). Ink C is the object's color, D
+dark, W white, and "hole" erases what is below. Tables only; scene.py draws them.
 """
 
 THINGS = {
@@ -26,9 +26,12 @@ THINGS = {
                ("line", "D", 1.5, 3, 3.5, 2), ("line", "D", 15, 10, 16, 12)],
     "kite": [("polygon", "C", 8, 0, 14, 5.5, 8, 12, 2, 5.5), ("line", "D", 2, 5.5, 14, 5.5),
              ("line", "C", 8, 12, 11, 13, 6, 14.5, 10, 16)],
-    "clock": [("oval", "C", 0, 0, 16, 16), ("oval", "W", 2.5, 2.5, 13.5, 13.5), ("line", "D", 8, 4, 8, 8, 11.5, 9.5)],
-    "umbrella": [("arch", "C", 0, 1, 16, 17), ("line", "D", 8, 9, 8, 14, 10, 15.4, 11.5, 14), ("line", "D", 8, 0, 8, 2)],
-    "stop sign": [("line", "D", 8, 11, 8, 16), ("polygon", "C", 5, 0, 11, 0, 14, 3, 14, 9, 11, 12, 5, 12, 2, 9, 2, 3),
+    "clock": [("oval", "C", 0, 0, 16, 16), ("oval", "W", 2.5, 2.5, 13.5, 13.5),
+              ("line", "D", 8, 4, 8, 8, 11.5, 9.5)],
+    "umbrella": [("arch", "C", 0, 1, 16, 17), ("line", "D", 8, 9, 8, 14, 10, 15.4, 11.5, 14),
+                 ("line", "D", 8, 0, 8, 2)],
+    "stop sign": [("line", "D", 8, 11, 8, 16),
+                  ("polygon", "C", 5, 0, 11, 0, 14, 3, 14, 9, 11, 12, 5, 12, 2, 9, 2, 3),
                   ("box", "W", 4, 4.5, 12, 7.5)],
     "ball": [("oval", "C", 1.5, 1.5, 14.5, 14.5), ("line", "W", 8, 2, 6.5, 5, 6.5, 11, 8, 14),
              ("line", "W", 2, 8, 14, 8)],
@@ -52,5 +55,6 @@ UNSEEN_COLORS = {"red": (190, 66, 84), "green": (78, 150, 72), "blue": (62, 110,
 DARK, WHITE = (60, 52, 52), (250, 250, 250)
 
 COCO_IDS = {"bottle": 44, "bus": 6, "tv": 72, "apple": 53, "boat": 9, "cup": 47, "traffic light": 10, "chair": 62,
-            "banana": 52, "kite": 38, "clock": 85, "umbrella": 28, "stop sign": 13, "ball": 37, "book": 84, "donut": 60}
+            "banana": 52, "kite": 38, "clock": 85, "umbrella": 28, "stop sign": 13, "ball": 37, "book": 84,
+            "donut": 60}
 COCO_NAMES = {"ball": "sports ball"}     # our word -> COCO's category, where the two differ

@@ -392,7 +392,7 @@ def test_drills_and_sheets_say_what_is_in_the_scene():
                 assert pair == f"{things[0]} no"
 
 
-def test_the_vision_tower_learns_what_is_in_a_cell(tmp_path):
+def test_the_vision_tower_reads_what_is_in_a_cell(tmp_path):
     """A tenth of its training is enough to be far above guessing (17 kinds of things; 6 colors)."""
     accuracy = make_vision(tmp_path, seed=0, scale=0.15)["held-out accuracy"]
     assert accuracy["things"] > 50 and accuracy["colors"] > 80

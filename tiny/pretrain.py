@@ -49,7 +49,7 @@ CONTEXT_WEIGHT = 0.02                 # of a token that is not an answer, in the
 
 
 # -----------------------------------------------------------------------------
-# What both trainings share
+# What vision tower and language models share
 
 def blank_model(width: int, seed: int) -> Llava:
     """An untrained Llava of tiny size. Each of its parts is trained and saved by itself."""
@@ -72,16 +72,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(parameters), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
-def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
     parameters = optimizer.param_groups[0]["params"]
-    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def lr_at(step: int, steps: int, peak: float) -> float:
     """A warm-up of 20 steps, and a linear decay over the last third."""
     return peak * min((step + 1) / 20, 1, 3 * (steps - step) / steps)
 
@@ -134,7 +134,7 @@ def make_vision(out_dir: Path, seed: int, scale: float) -> dict:
         loss = (F.cross_entropy(kind_scores.flatten(0, 1), kinds[rows].flatten(), weight=kind_weight)
                 + F.cross_entropy(attribute_scores.flatten(0, 1), attributes[rows].flatten())
                 + 0.02 * features.pow(2).mean())             # nothing in the features but the codes
-        update(optimizer, loss, learning_rate(step, steps, peak=1e-3))
+        update(optimizer, loss, lr_at(step, steps, peak=1e-3))
 
     pixels, kinds, attributes = labeled_scenes(rng, 300, "test")
     with torch.no_grad():
@@ -190,7 +190,7 @@ def make_language_model(part: str, out_dir: Path, seed: int, scale: float) -> di
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         answers, context = mask == 1, mask == 0                                  # padding is -1
         loss = (answers * losses + CONTEXT_WEIGHT * context * losses).sum() / answers.sum()
-        update(optimizer, loss, learning_rate(step, steps, peak=1.5e-3))
+        update(optimizer, loss, lr_at(step, steps, peak=1.5e-3))
 
     measured = {}
     for kind in ("exist", "color", "count", "which", "caption"):

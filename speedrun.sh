@@ -3,9 +3,9 @@
 #
 #   bash speedrun.sh
 #
-# Two lanes of single-threaded processes run side by side: two threads of one small process gain little, and two such
-# processes fight. The left lane makes teacher and student, the right lane whatever does not wait for the teacher.
-# Every step is a plain command; its output goes to out/tiny/logs/. Run again, it continues where it stopped.
+# Two lanes of single-threaded processes run in parallel: two threads of one small process gain little, and two such
+# processes compete for the cores. The left lane makes teacher and student, the right lane what does not need the
+# teacher. Every step is a plain command; its output goes to out/tiny/logs/. Run again, it continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
@@ -31,16 +31,17 @@ train() {  # train NAME CONFIG [FLAGS]
     step "$1" python train.py "config/tiny/$2.py" "${@:3}"
 }
 
-judge() {  # judge NAME...   all benchmarks of the world, then three of them in a drawing style never trained on
+judge() {  # judge NAME...   the benchmarks of the world, then the same in a drawing style kept out of training
+    local options="--benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40"
     for name in "$@"; do
-        step "judge_$name" python evaluate.py --model=$out/$name --data=$world/bench --out_dir=$out/judged/$name \
-            --benchmark=pope,gqa,textvqa,mme,mmbench,scienceqa,objhal --batch_size=64 --max_new_tokens=40
-        step "unseen_$name" python evaluate.py --model=$out/$name --data=$world/bench_unseen --out_dir=$out/judged_unseen/$name \
-            --benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40
+        step "judge_$name" python evaluate.py --model=$out/$name --data=$world/bench \
+            --out_dir=$out/judged/$name $options
+        step "unseen_$name" python evaluate.py --model=$out/$name --data=$world/bench_unseen \
+            --out_dir=$out/judged_unseen/$name $options
     done
 }
 
-until_there() {
+until_there() {      # a file of the other lane
     until [ -f "$1" ]; do sleep 0.5; done
 }
 
@@ -78,12 +79,12 @@ right() {
     judge d2s chosen_only
 }
 
-set -m                                                     # each lane is a process group of its own
+set -m                                                     # each lane is its own process group
 left & left_lane=$!
 right & right_lane=$!
 stop() { kill -- -$left_lane -$right_lane 2> /dev/null || true; exit 1; }
 trap stop INT TERM
-# Whichever lane ends first: if it failed, the other one must not wait for it for ever.
+# If the first lane to end has failed, the other one would wait for it forever.
 wait -n || stop
 wait -n || stop
 python -m tiny --report=$out

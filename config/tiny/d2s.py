@@ -9,7 +9,7 @@ out_dir = "out/tiny/d2s"
 
 dtype = "float32"
 batch_size = 32
-micro_batch_size = 16        # so that two processes can share a step
+micro_batch_size = 16       # so that two processes can share a step
 max_steps = 300
 learning_rate = 2e-3
 grad_clip = 1.0

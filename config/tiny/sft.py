@@ -1,7 +1,8 @@
 # The control of Table 6 on the tiny world: the same student, data and number of steps as d2d.py, by cross-entropy.
 #   python train.py config/tiny/sft.py
 # and then, as sparse as the distilled one:
-#   python train.py config/tiny/d2s.py --student=out/tiny/sft --teacher= --kd_weight=0.0 --out_dir=out/tiny/sft_sparse
+#   python train.py config/tiny/d2s.py --student=out/tiny/sft --teacher= --kd_weight=0.0 \
+#       --out_dir=out/tiny/sft_sparse
 stage = "sft"
 student = "out/tiny/align"
 data = "data/tiny/train/d2d.json"

@@ -1,5 +1,5 @@
 # The tiny world's teacher, first half: the adaptor alone, on captions.
-#   python train.py config/tiny/teacher_align.py          10 seconds on one core
+#   python train.py config/tiny/teacher_align.py
 stage = "align"
 vision = "data/tiny/base/vision"
 llm = "data/tiny/base/llm_teacher"
@@ -7,7 +7,7 @@ data = "data/tiny/train/align.json"
 image_dir = "data/tiny/train/images"
 out_dir = "out/tiny/teacher_align"
 
-dtype = "float32"            # below width 128, CPUs lose by bf16
+dtype = "float32"           # below width 128, bf16 is slower than fp32 on a CPU
 batch_size = 16
 micro_batch_size = 16
 max_steps = 120

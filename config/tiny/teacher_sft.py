@@ -1,4 +1,4 @@
-# The tiny world's teacher, second half: language model and adaptor, on captions and questions (1 caption to 6 questions).
+# The tiny world's teacher, second half: language model and adaptor, on 3 captions and 7 questions per picture.
 #   python train.py config/tiny/teacher_sft.py
 stage = "sft"
 student = "out/tiny/teacher_align"
@@ -9,7 +9,7 @@ out_dir = "out/tiny/teacher"
 dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
-max_steps = 1000             # 32 x 1000 = 32,000 of 60,000 rows
-learning_rate = 1.5e-3       # small batches with more steps beat large ones here
+max_steps = 1000            # 32 x 1000 = 32,000 of 60,000 rows
+learning_rate = 1.5e-3      # small batches with more steps beat large ones here
 grad_clip = 1.0
 max_length = 128

@@ -99,7 +99,8 @@ def read_list(path, file):
     text = file.read().decode("latin-1")
     at = skip_space(text, 0)
     if not text.startswith("[", at):
-        raise expected(path, text[at:at + 60], "a list of rows; if it has one object per line, name it .jsonl")
+        found = text[at:at + 60].encode("latin-1").decode(errors="replace")
+        raise expected(path, found, "a list of rows; if it has one object per line, name it .jsonl")
     at = skip_space(text, at + 1)
     mark = text[at:at + 1]
     while mark != "]":

@@ -163,7 +163,7 @@ def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.nda
     key = digest([INDEX_VERSION, settings])
     index = Path(f"{path}.{key[:8]}.index")
     try:
-        about = {"cache_key": key, **size_and_time(path)}
+        about = {"cache_key": key, **mtime_size(path)}
     except OSError as error:
         raise unreadable(path, error) from None
     if os.path.exists(index):
@@ -181,7 +181,7 @@ def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.nda
         tmp.touch()  # where no index can be written, stop now and not after the last row
         rows = np.fromiter(measure_rows(path, measure_row), ROW)
         about["sha256"] = sha256_of_file(path)
-        if not size_and_time(path).items() <= about.items():
+        if not mtime_size(path).items() <= about.items():
             raise UserError(f"{path}: changed while it was being indexed; start again when it is complete")
         save_index(tmp, rows, about)
     return rows, about
@@ -221,7 +221,7 @@ def row_name(path, number, raw):
     return f"{path} row {number}" + (f" id {shorten(raw.get('id', raw.get('idx')))}" if isinstance(raw, dict) else "")
 
 
-def size_and_time(file):
+def mtime_size(file):
     """What tells a file (a path, or the number of an open one) from a later version of it."""
     stat = os.stat(file)
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -321,7 +321,7 @@ class RowData(torch.utils.data.Dataset):
         path, offset, size = self.paths[file], int(self.index["offset"][row]), int(self.index["size"][row])
         try:
             with open(path, "rb", buffering=0) as data:
-                is_unchanged = size_and_time(data.fileno()).items() <= self.abouts[file].items()
+                is_unchanged = mtime_size(data.fileno()).items() <= self.abouts[file].items()
                 text = os.pread(data.fileno(), size, offset)
         except OSError as error:
             raise unreadable(path, error) from None

@@ -380,7 +380,7 @@ def test_order_is_a_function_of_seed_and_step():
     assert [other.batch(step) for step in range(150)] != forwards
     assert forwards[:62] != forwards[62:124]  # the next epoch has another order
     first_lengths = [lengths[batch[0]] for batch in forwards[:62]]
-    assert abs(np.corrcoef(first_lengths, range(62))[0, 1]) < 0.3  # and no curriculum: batches come in no order of length
+    assert abs(np.corrcoef(first_lengths, range(62))[0, 1]) < 0.3  # no curriculum: batches are not ordered by length
 
 
 def test_the_order_is_what_it_has_always_been():
@@ -445,7 +445,8 @@ def test_too_few_rows_and_impossible_sizes():
         Sampler([5] * 7, 2, seed=-1)
     with pytest.raises(UserError, match="micro_batch_size=0, expected at least 1"):
         micro_batches([1, 2], 0)
-    with pytest.raises(UserError, match="=32 is not a multiple of micro_batch_size=4 x 3 ranks = 12; try batch_size=36"):
+    message = "=32 is not a multiple of micro_batch_size=4 x 3 ranks = 12; try batch_size=36"
+    with pytest.raises(UserError, match=message):
         micro_batches(list(range(32)), 4, rank=0, world_size=3)
 
 
@@ -455,7 +456,7 @@ def test_ranks_and_micro_steps_partition_the_batch(micro_batch_size, world_size)
     shares = [micro_batches(rows, micro_batch_size, rank, world_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {16 // micro_batch_size // world_size}
     assert {len(rows) for share in shares for rows in share} == {micro_batch_size}
-    assert [row for micro_step in zip(*shares) for part in micro_step for row in part] == rows  # neighbors, step by step
+    assert [row for micro_step in zip(*shares) for part in micro_step for row in part] == rows  # neighbors together
 
 
 def numbered_samples(n=12):

@@ -1,7 +1,7 @@
 """
 engine/index.py: rows on disk, their index, and the datasets. Run: python -m pytest tests/test_index.py
 
-Compared with: json.loads of the whole file, whole rows rendered in full and cut or dropped one by one, and plain counting.
+Compared with: json.loads of the whole file, rows rendered in full and cut or dropped one by one, and plain counting.
 """
 import functools
 import itertools
@@ -73,9 +73,9 @@ def test_instruction_rows(world):
     data = dataset(InstructionData, world, (first, 0.5), (second, 2.0))
     assert len(data) == 3 and data.notes == [] and data.sources == [(0, 2, 0.5), (2, 3, 2.0)]
     assert [len(data[i]["images"]) for i in range(3)] == [1, 0, 2]
+    conversations = [turns("<image>\nWhat?", "A cat."), turns("Hi", "Ho"), turns("<image> or <image>?", "Both.")]
     for i in range(3):
-        ids, mask = render([row("one", "<image>\nWhat?", "A cat."), row("none", "Hi", "Ho"),
-                            row("two", "<image> or <image>?", "Both.")][i]["conversations"], qwen_tokenizer(), "vicuna", 4)
+        ids, mask = render(conversations[i], qwen_tokenizer(), "vicuna", 4)
         assert data[i]["input_ids"] == ids and data[i]["mask"] == mask and data.lengths[i] == len(ids)
     picture = transform_image(Image.open(world.folder / "b.png"), 28)
     assert torch.equal(data[2]["images"][0], picture)
@@ -219,9 +219,9 @@ def test_spawned_workers_read_the_same(world):
 @pytest.mark.parametrize("name, content, expected", [
     ("x.json", b'[{"id": 1},\n {"id": 2,}]', "x.json line 2: malformed JSON, "),
     ("x.json", b"", 'x.json: found "", expected a list of rows; if it has one object per line, name it .jsonl'),
-    ("x.json", b'{"id": 1}\n{"id": 2}\n', 'x.json: found "{\\"id\\": 1}\\n{\\"id\\": 2}\\n", expected a list of rows; if it has '
-                                          "one object per line, name it .jsonl"),
-    ("x.json", b'{"rows": []}', 'x.json: found "{\\"rows\\": []}", expected a list of rows'),
+    ("x.json", b'{"id": 1}\n{"id": 2}\n', r'x.json: found "{\"id\": 1}\n{\"id\": 2}\n", expected a list of rows; '
+                                          "if it has one object per line, name it .jsonl"),
+    ("x.json", b'{"rows": []}', r'x.json: found "{\"rows\": []}", expected a list of rows'),
     ("x.json", b'[{"a": "\xc3\xa9"},\n "\xc3\xa9\xff"]',
      "x.json line 2: malformed JSON, bytes that are not UTF-8 at column 4"),
     ("x.json", b"[" * 200_000, "x.json line 1: malformed JSON, maximum recursion depth exceeded"),
@@ -252,7 +252,8 @@ def test_a_byte_order_mark_at_the_start_is_skipped(world, name):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert list(read_rows(str(path))) == [(offset + 3, size, row) for offset, size, row in plain]
     data = dataset(InstructionData, world, str(path))
-    assert [data[i]["input_ids"] for i in range(2)] == [render(row["conversations"], qwen_tokenizer())[0] for row in rows]
+    for i in range(2):
+        assert data[i]["input_ids"] == render(rows[i]["conversations"], qwen_tokenizer())[0]
 
     path.write_bytes("\ufeff[nul]".encode() if name == "x.json" else "\ufeff nul".encode())
     with pytest.raises(UserError, match=f"^{path} line 1: malformed JSON, Expecting value at column 2$"):
@@ -420,7 +421,8 @@ def test_samples_are_those_of_the_plain_definition(world, kind, rows, max_length
     except UserError as error:
         assert not expected and "no row left to train on" in str(error)
         return
-    assert len(data) == len(expected) and any(f"{no_answer} of {len(rows)}" in note for note in data.notes) == (no_answer > 0)
+    is_noted = any(f"{no_answer} of {len(rows)}" in note for note in data.notes)
+    assert len(data) == len(expected) and is_noted == (no_answer > 0)
     for i, (number, sequences, images) in enumerate(expected):
         *parts, pictures = data[i].values()
         assert parts == [part for sequence in sequences for part in sequence] and len(pictures) == images

@@ -56,7 +56,8 @@ def test_a_file_that_changes_during_indexing_is_not_indexed(world, monkeypatch):
 
 def test_a_folder_that_takes_no_index(world):
     file = world([row(0, "Hi", "Ho")], "x" * 245 + ".json")  # with more behind it the name is too long for a file
-    with pytest.raises(UserError, match=rf"^{file}.*index: cannot be written \(File name too long\);.*; make the folder writable"):
+    message = rf"^{file}.*index: cannot be written \(File name too long\);.*; make the folder writable"
+    with pytest.raises(UserError, match=message):
         dataset(InstructionData, world, file)
 
 

@@ -101,8 +101,8 @@ def plain_sides(kind, row):
     names = [] if names is None else names if isinstance(names, list) else [names]
     if not all(is_conversation(side) for side in sides) or not all(name in IMAGES for name in names):
         return None
-    asked = [[turn["value"] for turn in side[0::2]] for side in sides]
-    if any(questions != asked[0] for questions in asked) or "".join(asked[0]).count("<image>") != len(names):
+    questions, *others = [[turn["value"] for turn in side[0::2]] for side in sides]
+    if any(other != questions for other in others) or "".join(questions).count("<image>") != len(names):
         return None
     return sides, names
 

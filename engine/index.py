@@ -1,14 +1,15 @@
 """
 Millions of rows on disk: data files, their index, and the datasets that read single rows from them.
 
-A LLaVA data file is one JSON list, up to gigabytes of it. Tokenizing all of it takes an hour, and as Python objects it
-may not fit in memory. So every row is checked and measured once, and 20 bytes per row are saved next to the data file:
+A LLaVA data file is one JSON list, up to gigabytes of it: too much to tokenize at every start, and too much to keep in
+memory as Python objects. So every row is checked and measured once, and 20 bytes per row are saved next to the file:
 
     read_rows    a file -> each row, with its byte offset and size
     open_index   the saved numbers: offset, size, tokens and min_length of each row
     RowData      the rows that are usable at max_length; data[i] reads row i from its file and renders it
 
-Later runs start in seconds, and every worker process can read any row without the rest of the file.
+Indexing a .json file takes memory of about twice its size, once. Later runs start in seconds, and every worker process
+can read any row without the rest of the file.
 """
 import codecs
 import hashlib

@@ -1,14 +1,15 @@
 """
 Millions of rows on disk: data files, their index, and the datasets that read single rows from them.
 
-A LLaVA data file is one JSON list, up to gigabytes of it. Tokenizing all of it takes an hour, and as Python objects it
-may not fit in memory. So every row is checked and measured once, and 20 bytes per row are saved next to the data file:
+A LLaVA data file is one JSON list, up to gigabytes of it: too much to tokenize at every start, and too much to keep in
+memory as Python objects. So every row is checked and measured once, and 20 bytes per row are saved next to the file:
 
     read_rows    a file -> each row, with its byte offset and size
     open_index   the saved numbers: offset, size, tokens and min_length of each row
     RowData      the rows that are usable at max_length; data[i] reads row i from its file and renders it
 
-Later runs start in seconds, and every worker process can read any row without the rest of the file.
+Indexing a .json file takes memory of about twice its size, once. Later runs start in seconds, and every worker process
+can read any row without the rest of the file.
 """
 import codecs
 import hashlib
@@ -99,7 +100,8 @@ def read_list(path, file):
     text = file.read().decode("latin-1")
     at = skip_space(text, 0)
     if not text.startswith("[", at):
-        raise expected(path, text[at:at + 60], "a list of rows; if it has one object per line, name it .jsonl")
+        found = text[at:at + 60].encode("latin-1").decode(errors="replace")
+        raise expected(path, found, "a list of rows; if it has one object per line, name it .jsonl")
     at = skip_space(text, at + 1)
     mark = text[at:at + 1]
     while mark != "]":
@@ -162,7 +164,7 @@ def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.nda
     key = digest([INDEX_VERSION, settings])
     index = Path(f"{path}.{key[:8]}.index")
     try:
-        about = {"cache_key": key, **size_and_time(path)}
+        about = {"cache_key": key, **mtime_size(path)}
     except OSError as error:
         raise unreadable(path, error) from None
     if os.path.exists(index):
@@ -180,7 +182,7 @@ def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.nda
         tmp.touch()  # where no index can be written, stop now and not after the last row
         rows = np.fromiter(measure_rows(path, measure_row), ROW)
         about["sha256"] = sha256_of_file(path)
-        if not size_and_time(path).items() <= about.items():
+        if not mtime_size(path).items() <= about.items():
             raise UserError(f"{path}: changed while it was being indexed; start again when it is complete")
         save_index(tmp, rows, about)
     return rows, about
@@ -220,7 +222,7 @@ def row_name(path, number, raw):
     return f"{path} row {number}" + (f" id {shorten(raw.get('id', raw.get('idx')))}" if isinstance(raw, dict) else "")
 
 
-def size_and_time(file):
+def mtime_size(file):
     """What tells a file (a path, or the number of an open one) from a later version of it."""
     stat = os.stat(file)
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -320,7 +322,7 @@ class RowData(torch.utils.data.Dataset):
         path, offset, size = self.paths[file], int(self.index["offset"][row]), int(self.index["size"][row])
         try:
             with open(path, "rb", buffering=0) as data:
-                is_unchanged = size_and_time(data.fileno()).items() <= self.abouts[file].items()
+                is_unchanged = mtime_size(data.fileno()).items() <= self.abouts[file].items()
                 text = os.pread(data.fileno(), size, offset)
         except OSError as error:
             raise unreadable(path, error) from None

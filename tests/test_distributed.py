@@ -1,6 +1,6 @@
 """
-engine/distributed.py: several ranks compute what one does in every layout, a state written by any number of ranks in any
-layout can be resumed in any other, and everything the objective trains is optimized, clipped, saved and restored.
+engine/distributed.py: several ranks compute what one does in every layout, a state written by any number of ranks in
+any layout can be resumed in any other, and everything the objective trains is optimized, clipped, saved and restored.
 
     python -m pytest tests/test_distributed.py
 """
@@ -71,8 +71,9 @@ def done(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed")
     common = dict(batch_size=12, max_steps=4, save_every=2, grad_clip=0.5)
     for stage in STAGES:
-        train.main(flags(world, stage, out / f"{stage}-one", **common | dict(micro_batch_size=12)))
-        train.main(flags(world, stage, out / f"{stage}-checkpointing", **common | dict(micro_batch_size=12, checkpointing=True)))
+        one = common | dict(micro_batch_size=12)
+        train.main(flags(world, stage, out / f"{stage}-one", **one))
+        train.main(flags(world, stage, out / f"{stage}-checkpointing", **one, checkpointing=True))
     runs = [dict(stage=stage, out_dir=out / f"{stage}-{layout}", **common | dict(micro_batch_size=2, parallel=layout))
             for stage in STAGES for layout in ("ddp", "fsdp")]
     runs += [dict(stage="d2s", out_dir=out / f"d2s-{layout}-checkpointing",
@@ -173,8 +174,9 @@ class WithOtherProbe(WithProbe):
 
 
 LAYOUTS = {"one": {}, "ddp": dict(parallel="ddp"), "fsdp": dict(parallel="fsdp")}
-# 4 micro-batches per step in all layouts: 4 passes on one rank, 2 on each of two ranks.
-PROBE_RUN = dict(stage="d2s", batch_size=8, micro_batch_size=2, max_steps=2, save_every=1, warmup_ratio=0.0, grad_clip=0.5)
+# 4 micro-batches per step in all layouts: 4 on one rank, or 2 on each of two ranks.
+PROBE_RUN = dict(stage="d2s", batch_size=8, micro_batch_size=2, max_steps=2, save_every=1, warmup_ratio=0.0,
+                 grad_clip=0.5)
 
 
 def run_layouts(world: Path, folders: dict[str, Path], Objective: type) -> None:
@@ -250,7 +252,7 @@ def save_and_restore(world: Path, mode: str) -> None:
                 parameter.grad = 0.1 * parameter.detach() + 0.01
             optimizer.step()
         else:
-            distributed.restore(trainable, optimizer, *gathered[0])
+            distributed.restore(trainable, optimizer, *dist.all_gather(gathered[0])[0])       # rank 0's
         gathered.append((distributed.gather(trainable, dist), distributed.gather_adam(trainable, optimizer, dist)))
     if dist.rank == 0:
         (weights, adam), (weights_after, adam_after) = gathered

@@ -116,7 +116,7 @@ class DiskError(UserError):
 
 @contextmanager
 def disk_errors(path: Path, size: int | None = None, note: str = "") -> Iterator[None]:
-    """Turn any error of the operating system while `path` is written into a UserError; of nested notes the outer wins."""
+    """Turn any error of the operating system while `path` is written into a UserError. The outermost note is shown."""
     try:
         yield
     except DiskError as error:

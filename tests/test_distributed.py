@@ -51,7 +51,8 @@ def differences(a: Path, b: Path) -> tuple[float, float]:
     first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert first.keys() == second.keys()
     weights = max((first[key].float() - second[key].float()).abs().max().item() for key in first if first[key].numel())
-    curves = max(abs(x[key] - y[key]) for x, y in zip(records(a), records(b), strict=True) for key in ("loss", "grad_norm"))
+    curves = max(abs(x[key] - y[key]) for x, y in zip(records(a), records(b), strict=True)
+                 for key in ("loss", "grad_norm"))
     return curves, weights
 
 
@@ -77,7 +78,8 @@ def done(world, tmp_path_factory):
     runs = [dict(stage=stage, out_dir=out / f"{stage}-{layout}", **common | dict(micro_batch_size=2, parallel=layout))
             for stage in STAGES for layout in ("ddp", "fsdp")]
     runs += [dict(stage="d2s", out_dir=out / f"d2s-{layout}-checkpointing",
-                  **common | dict(micro_batch_size=2, parallel=layout, checkpointing=True)) for layout in ("ddp", "fsdp")]
+                  **common | dict(micro_batch_size=2, parallel=layout, checkpointing=True))
+             for layout in ("ddp", "fsdp")]
     on_ranks(2, world, runs)
     return out
 
@@ -225,7 +227,8 @@ def test_a_module_of_the_objective_is_resumed_bit_for_bit(probed, layout):
     assert whole["weights"].keys() == resumed["weights"].keys()
     for name in whole["weights"]:
         assert torch.equal(whole["weights"][name], resumed["weights"][name]), name
-        assert all(torch.equal(whole["adam"][name][key], resumed["adam"][name][key]) for key in whole["adam"][name]), name
+        for key, value in whole["adam"][name].items():
+            assert torch.equal(value, resumed["adam"][name][key]), (name, key)
     norms = [[record["grad_norm"] for record in records(probed / f"{kind}-{layout}")] for kind in ("whole", "resumed")]
     assert norms[0] == norms[1]
 
@@ -246,7 +249,8 @@ def save_and_restore(world: Path, mode: str) -> None:
         student.vision.requires_grad_(False)
         pair = Pair(student, init)
         _, optimizer, trainable = distributed.parallelize(pair, dist, mode, torch.float32, lr=1e-2)
-        assert trainable.keys() == {name for name, _ in pair.named_parameters() if not name.startswith("student.vision.")}
+        names = {name for name, _ in pair.named_parameters()}
+        assert trainable.keys() == {name for name in names if not name.startswith("student.vision.")}
         if not gathered:
             for parameter in trainable.values():
                 parameter.grad = 0.1 * parameter.detach() + 0.01

@@ -37,7 +37,8 @@ def test_with_all_of_the_vocabulary_training_is_the_same_as_with_the_teacher(wor
     cached = dict(teacher_cache=tmp_path / "cache", teacher_top_k=1000, **more)      # more than there are: all
     train.main(flags(world, stage, tmp_path / "first", **cached))
     train.main(flags(world, stage, tmp_path / "second", **cached, micro_batch_size=2, teacher=tmp_path / "not_here"))
-    for a, *others in zip(records(tmp_path / "online"), records(tmp_path / "first"), records(tmp_path / "second"), strict=True):
+    online, first, second = (records(tmp_path / name) for name in ("online", "first", "second"))
+    for a, *others in zip(online, first, second, strict=True):
         for b in others:
             for key in a.keys() - {"tokens_per_s", "seconds"}:
                 torch.testing.assert_close(torch.tensor(b[key]), torch.tensor(a[key]), rtol=1e-5, atol=1e-5)
@@ -47,7 +48,8 @@ def test_fewer_logprobs_give_a_lower_bound_that_grows_with_k(world, tmp_path):
     train.main(flags(world, "d2d", tmp_path / "online", max_steps=1))
     losses = []
     for k in (1, 4, 16, 63):
-        train.main(flags(world, "d2d", tmp_path / str(k), max_steps=1, teacher_cache=tmp_path / f"cache{k}", teacher_top_k=k))
+        cached = dict(teacher_cache=tmp_path / f"cache{k}", teacher_top_k=k)
+        train.main(flags(world, "d2d", tmp_path / str(k), max_steps=1, **cached))
         losses.append(records(tmp_path / str(k))[0]["kd"])
     assert losses == sorted(losses) and losses[-1] == pytest.approx(records(tmp_path / "online")[0]["kd"], abs=1e-5)
 
@@ -77,7 +79,8 @@ def test_an_interrupted_filling_is_completed_and_two_ranks_share_it(world, tmp_p
     train.main(flags(world, "d2s", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache"))
     assert sum(asked) == 10 and {path: path.read_bytes() for path in files} == before
     monkeypatch.undo()
-    done = run(flags(world, "d2s", tmp_path / "c", max_steps=1, micro_batch_size=4, teacher_cache=tmp_path / "shared"), nproc=2)
+    shared = dict(max_steps=1, micro_batch_size=4, teacher_cache=tmp_path / "shared")
+    done = run(flags(world, "d2s", tmp_path / "c", **shared), nproc=2)
     assert done.returncode == 0, done.stderr
     assert records(tmp_path / "c")[0]["kd"] == pytest.approx(records(tmp_path / "a")[0]["kd"], abs=1e-5)
 
@@ -118,7 +121,8 @@ def test_a_damaged_file_and_a_missing_teacher(world, tmp_path):
     with pytest.raises(UserError, match="rows-000000000.safetensors: cannot be read .* delete it"):
         train.main(flags(world, "d2d", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache"))
     with pytest.raises(UserError, match="the teacher that could fill it is not here"):
-        train.main(flags(world, "d2d", tmp_path / "c", max_steps=1, teacher_cache=tmp_path / "new", teacher=tmp_path / "no"))
+        missing = dict(teacher_cache=tmp_path / "new", teacher=tmp_path / "no")
+        train.main(flags(world, "d2d", tmp_path / "c", max_steps=1, **missing))
 
 
 def test_digest_tells_two_teachers_apart(tmp_path):

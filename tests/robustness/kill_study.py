@@ -140,7 +140,7 @@ def settings_for(kills: int) -> dict:
 
 
 def study(kills: int, flags, out: Path, seed: int = 0) -> list[tuple[str, str, int]]:
-    """`flags(out_dir, **settings)` is the command line of a run. Returns (kind, what was found, last step) of each kill.
+    """`flags(out_dir, **settings)`: the command line of a run. Returns (kind, what was found, last step) of each kill.
 
     The two runs are left in out/untouched and out/killed.
     """
@@ -159,7 +159,8 @@ def study(kills: int, flags, out: Path, seed: int = 0) -> list[tuple[str, str, i
     times = ("tokens_per_s", "seconds")
     one, other = ([{key: value for key, value in record.items() if key not in times} for record in logged(out / name)]
                   for name in ("untouched", "killed"))
-    assert [record["step"] for record in other] == list(range(1, settings["max_steps"] + 1)), "log.jsonl has gaps or repeats"
+    steps = [record["step"] for record in other]
+    assert steps == list(range(1, settings["max_steps"] + 1)), "log.jsonl has gaps or repeats"
     assert one == other, "log.jsonl differs"
     assert not list((out / "killed").rglob("*.tmp"))
     return lives
@@ -192,7 +193,8 @@ def main(argv: list[str]) -> None:
 
         def flags(out_dir: Path, **more) -> list[str]:
             settings = dict(stage="d2s", student=world / "dense", teacher=world / "teacher", data=world / "rows.json",
-                            image_dir=world, out_dir=out_dir, batch_size=8, learning_rate=1e-2, dtype="float32", device="cpu")
+                            image_dir=world, out_dir=out_dir, batch_size=8, learning_rate=1e-2, dtype="float32",
+                            device="cpu")
             return [f"--{key}={value}" for key, value in (settings | more).items()]
 
         for i, (kind, found, step) in enumerate(study(config.kills, flags, world, config.seed), start=1):

@@ -87,13 +87,13 @@ def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bo
             tmp.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str, note: str = "") -> None:
-    with atomic(path, note=note) as tmp:
+def write_text(path: str | Path, text: str) -> None:
+    with atomic(path) as tmp:
         tmp.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: str | Path, content: object, note: str = "") -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", note)
+def write_json(path: str | Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: str | Path, rows: list) -> None:
@@ -110,11 +110,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+class DiskError(UserError):
+    """A write that failed, and what to do about it."""
+
+    def __init__(self, problem: str, note: str = ""):
+        super().__init__(f"{problem}; {note}")
+        self.problem = problem
+
+
 @contextmanager
 def disk_errors(path: Path, size: int | None = None, note: str = "") -> Iterator[None]:
-    """Turn any error of the operating system while `path` is written into a UserError."""
+    """Turn any error of the operating system while `path` is written into a UserError. The outermost note is shown."""
     try:
         yield
+    except DiskError as error:
+        if not note:
+            raise
+        raise DiskError(error.problem, note) from None
     except UserError:
         raise
     except Exception as error:
@@ -123,8 +135,8 @@ def disk_errors(path: Path, size: int | None = None, note: str = "") -> Iterator
             raise
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
         needs = f"it needs {readable(size)}, " if size is not None else ""
-        raise UserError(f"{path}: cannot be written ({reason}); {needs}{readable(free)} are free there; "
-                        + (note or "make room, or choose another folder")) from None
+        raise DiskError(f"{path}: cannot be written ({reason}); {needs}{readable(free)} are free there",
+                        note or "make room, or choose another folder") from None
 
 
 def disk_error(error: BaseException | None) -> str | None:

@@ -104,7 +104,7 @@ def go_back(out_dir: Path, step: int) -> None:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 break                                                # the last write was cut short
-    write_text(log, "".join(kept), note=last_state(out_dir))
+        write_text(log, "".join(kept))
 
 
 def remove_tmp(out_dir: Path) -> None:
@@ -181,7 +181,8 @@ def write_run(out_dir: Path, config: Config, world_size: int, finished: bool) ->
     for package in ("torch", "tokenizers", "safetensors", "pillow", "numpy", "einops"):
         versions[package] = importlib.metadata.version(package)
     record = {"config": dict(config), "world_size": world_size, "versions": versions, "finished": finished}
-    write_json(out_dir / "run.json", record, note=last_state(out_dir))
+    with disk_errors(out_dir / "run.json", note=last_state(out_dir)):
+        write_json(out_dir / "run.json", record)
 
 
 def append_log(out_dir: Path, record: dict) -> None:

@@ -1,14 +1,13 @@
 """
-Kill a training run with SIGKILL again and again, and compare its end with that of a run that nobody touched.
+Kill a training run with SIGKILL again and again, and compare its end with that of an uninterrupted run.
 
-    python tests/kill_study.py --kills=20
+    python tests/robustness/kill_study.py --kills=20
 
-The run is dense-to-sparse distillation on a tiny student, two ranks over gloo. Each life ends with SIGKILL to both, at a
-moment drawn from a seed: while it starts, during some step, or, by watching the folder, in the middle of a save. Then the
-same command starts it again. At the end the weights must be those of the untouched run bit for bit, and log.jsonl must
-hold every step once, with the same numbers.
+The run is dense-to-sparse distillation on a tiny student, two ranks over gloo. Each life ends with SIGKILL to both, at
+a moment drawn from a seed: while it starts, during some step, or, by watching the folder, in the middle of a save. Then
+the same command starts it again. At the end the weights must equal those of the uninterrupted run bit for bit, and
+log.jsonl must hold every step once, with the same numbers.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -27,16 +26,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest
 import train
+from configurator import load_config, run
 
+DEFAULTS = dict(kills=20, seed=0)
 STEPS_PER_LIFE = 12    # a life gets this far at most, so that the run lasts for all kills
 
 
-# Ranks are forks of this process, which has imported everything already: they start in no time, and die like any process.
+# Ranks are forks of this process, which has imported everything already, so that they start quickly.
 FORK = multiprocessing.get_context("fork")
 
 
 def start(world_size: int, work: Callable[[int], None]) -> list[multiprocessing.Process]:
-    """`world_size` processes in one process group; each does work(rank). What they print to stderr, `ended` returns."""
+    """`world_size` processes in one process group, each running work(rank). `ended` returns their stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,7 +67,7 @@ def start(world_size: int, work: Callable[[int], None]) -> list[multiprocessing.
 
 
 def ended(ranks: list[multiprocessing.Process], seconds: float = 120) -> tuple[list[int], list[str]]:
-    """The exit codes of ranks that end by themselves, and what they had to say."""
+    """The exit codes of ranks that end by themselves, and what they printed to stderr."""
     for rank in ranks:
         rank.join(seconds)
         assert rank.exitcode is not None, "a rank hangs"
@@ -74,7 +75,7 @@ def ended(ranks: list[multiprocessing.Process], seconds: float = 120) -> tuple[l
 
 
 def train_py(*commands: list[str]) -> Callable[[int], None]:
-    """The work of ranks that run train.py as a script: one command line for each, or one for all."""
+    """What ranks do that run train.py as a script: one command line per rank, or one for all."""
     def work(rank: int) -> None:
         sys.argv = [train.__file__, *commands[min(rank, len(commands) - 1)]]
         runpy.run_path(train.__file__, run_name="__main__")
@@ -98,7 +99,7 @@ def last_step(out_dir: Path) -> int:
 
 
 def kill(ranks: list[multiprocessing.Process], out_dir: Path, kind: str, draw: random.Random) -> str:
-    """Wait for a moment of this kind, then SIGKILL the group. Says what was found there."""
+    """Wait for a moment of this kind, then SIGKILL the group. Returns what was found in out_dir."""
     def alive() -> bool:
         return all(rank.exitcode is None for rank in ranks)
 
@@ -139,9 +140,9 @@ def settings_for(kills: int) -> dict:
 
 
 def study(kills: int, flags, out: Path, seed: int = 0) -> list[tuple[str, str, int]]:
-    """`flags(out_dir, **settings)` is the command line of a run. Returns (kind, what was found, last step) of each kill.
+    """`flags(out_dir, **settings)`: the command line of a run. Returns (kind, what was found, last step) of each kill.
 
-    out/untouched and out/killed are what the two runs left.
+    The two runs are left in out/untouched and out/killed.
     """
     settings = settings_for(kills)
     finish(flags(out / "untouched", **settings))
@@ -158,7 +159,8 @@ def study(kills: int, flags, out: Path, seed: int = 0) -> list[tuple[str, str, i
     times = ("tokens_per_s", "seconds")
     one, other = ([{key: value for key, value in record.items() if key not in times} for record in logged(out / name)]
                   for name in ("untouched", "killed"))
-    assert [record["step"] for record in other] == list(range(1, settings["max_steps"] + 1)), "log.jsonl has gaps or repeats"
+    steps = [record["step"] for record in other]
+    assert steps == list(range(1, settings["max_steps"] + 1)), "log.jsonl has gaps or repeats"
     assert one == other, "log.jsonl differs"
     assert not list((out / "killed").rglob("*.tmp"))
     return lives
@@ -179,24 +181,27 @@ def make_world(folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
     clip = conftest.make_clip(folder / "clip")
     Llava.from_parts(clip, conftest.make_qwen(folder / "qwen")).save_pretrained(folder / "dense")
-    Llava.from_parts(clip, conftest.make_qwen(folder / "wider", seed=1, hidden=48, layers=2), seed=1).save_pretrained(folder / "teacher")
+    wider = conftest.make_qwen(folder / "wider", seed=1, hidden=48, layers=2)
+    Llava.from_parts(clip, wider, seed=1).save_pretrained(folder / "teacher")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def main(argv: list[str]) -> None:
+    config = load_config(DEFAULTS, argv)
     with tempfile.TemporaryDirectory() as folder:
         world, began = Path(folder), time.time()
         make_world(world)
 
         def flags(out_dir: Path, **more) -> list[str]:
             settings = dict(stage="d2s", student=world / "dense", teacher=world / "teacher", data=world / "rows.json",
-                            image_dir=world, out_dir=out_dir, batch_size=8, learning_rate=1e-2, dtype="float32", device="cpu")
+                            image_dir=world, out_dir=out_dir, batch_size=8, learning_rate=1e-2, dtype="float32",
+                            device="cpu")
             return [f"--{key}={value}" for key, value in (settings | more).items()]
 
-        for i, (kind, found, step) in enumerate(study(arguments.kills, flags, world, arguments.seed), start=1):
+        for i, (kind, found, step) in enumerate(study(config.kills, flags, world, config.seed), start=1):
             print(f"kill {i:3}  aimed at: {kind:6}  found: {found:42}  log reached step {step}")
-        print(f"{arguments.kills} kills in {time.time() - began:.0f} s: the weights are bit for bit those of an untouched run, and "
-              "the log has every step once")
+        print(f"{config.kills} kills in {time.time() - began:.0f} s: the weights are bit for bit those of an "
+              "uninterrupted run, and the log has every step once")
+
+
+if __name__ == "__main__":
+    run(main, __doc__, DEFAULTS)

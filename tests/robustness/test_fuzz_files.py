@@ -1,8 +1,9 @@
 """
-Damaged, cut, edited or simply wrong files: whatever is done to a checkpoint, a run's records or a config, reading it ends
-in a correct result or in one line that names the file or the key. Never in another exception, a hang, or a lost file.
+Damaged, cut, edited or simply wrong files: whatever is done to a checkpoint, a run's records or a config, reading it
+ends in a correct result or in one line that names the file or the key. Never in another exception, a hang, or a lost
+file.
 
-    python -m pytest tests/test_fuzz_files.py
+    python -m pytest tests/robustness/test_fuzz_files.py
 """
 import json
 import os
@@ -138,7 +139,7 @@ def test_checkpoints(checkpoints, tmp_path, which, name):
         except UserError as error:
             one_line(error, folder)
             return
-        # It opened. Then it is a whole model: it runs, and unless its weights were what changed, they are the old ones.
+        # It opened. Then it is a complete model: it runs, and unless the weight file was changed, its weights are equal.
         assert llava(ids).shape[:2] == ids.shape
         if name.endswith(".json"):
             assert all(torch.equal(parameter, weights[key]) for key, parameter in llava.named_parameters())
@@ -193,7 +194,7 @@ def test_states(interrupted, tmp_path):
         else:                                                        # some bytes of the format mean nothing
             weights = resume.read_state(state)["weights"]
             assert all(torch.equal(weights[name], original[name]) for name in original)
-        assert (folder / "state" / "step_00000002.pt").read_bytes() == content     # looked at, not touched
+        assert (folder / "state" / "step_00000002.pt").read_bytes() == content     # read, not modified
     check()
 
 

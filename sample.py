@@ -6,14 +6,21 @@ Talk to a checkpoint about an image.
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
-import argparse
-import sys
-
 import torch
 
-from configurator import UserError
+from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run
 from data import load_image, render, transform_image
+from engine.hf import require_tokenizer
 from model import Llava
+
+DEFAULTS = dict(
+    model="",                   # a LLaVA folder, for example the out_dir of a training run
+    image="",                   # an image file; empty: none
+    prompt="",                  # one question; empty: a conversation
+    max_new_tokens=512,
+    temperature=0.0,            # 0 is greedy
+    device="",                  # cpu | cuda; empty: cuda if there is one
+)
 
 
 def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | None, max_new_tokens: int,
@@ -24,8 +31,8 @@ def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | 
     new, shown = [], ""
     for token in llava.stream(input_ids, pixel_values, max_new_tokens, temperature):
         new.append(int(token))
-        # Decode everything again each time: a character may be made of several tokens, and until the last of them is
-        # there it decodes to the replacement character.
+        # Decode all of it each time: a character may take several tokens, and decodes to the replacement character
+        # until the last of them is there.
         text = llava.tokenizer.decode(new, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
             print(text[len(shown):], end="", flush=True)
@@ -35,43 +42,43 @@ def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Talk to a checkpoint about an image.")
-    parser.add_argument("--model", required=True, help="a LLaVA folder, for example the out_dir of a training run")
-    parser.add_argument("--image", help="an image file")
-    parser.add_argument("--prompt", help="ask this and stop; without it, a conversation")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    config = load_config(DEFAULTS, argv)
+    check_values(config, {"max_new_tokens": POSITIVE, "temperature": NON_NEGATIVE, "device": ["", "cpu", "cuda"]})
+    if not config.model:
+        raise UserError("model is empty, expected a LLaVA folder: --model=out/tiny/pd")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no GPU here; use --device=cpu")
+    image = load_image(config.image) if config.image else None       # before the weights: a bad path ends at once
 
-    image = load_image(args.image) if args.image else None           # a bad path ends here, before the weights are read
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    llava = Llava.from_pretrained(args.model, dtype=dtype, device=args.device).eval()
-    if llava.tokenizer is None or llava.config.template is None:
-        raise UserError(f'{args.model}: needs a tokenizer.json, and "template": "vicuna" or "chatml" in its '
-                              "config.json")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    llava = Llava.from_pretrained(config.model, dtype=dtype, device=device).eval()
+    require_tokenizer(llava, config.model)
     pixel_values = None
     if image is not None:
         pixel_values = transform_image(image, llava.config.vision.image_size)[None]   # (1, 3, S, S)
 
     conversation = []
     while True:
-        prompt = args.prompt if args.prompt is not None else input("> ").strip()
+        prompt = config.prompt or next_question()
         if not prompt:
             return
         first = "<image>\n" if image is not None and not conversation else ""
         conversation.append({"from": "human", "value": first + prompt})
-        reply = answer(llava, conversation, pixel_values, args.max_new_tokens, args.temperature)
+        reply = answer(llava, conversation, pixel_values, config.max_new_tokens, config.temperature)
         conversation.append({"from": "gpt", "value": reply})
-        if args.prompt is not None:
+        if config.prompt:
             return
 
 
-if __name__ == "__main__":
+def next_question() -> str:
+    """A line of the user's; empty at the end of the input."""
     try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (EOFError, KeyboardInterrupt):
+        return input("> ").strip()
+    except EOFError:
         print()
+        return ""
+
+
+if __name__ == "__main__":
+    run(main, __doc__, DEFAULTS)

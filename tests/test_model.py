@@ -3,16 +3,19 @@ model.py against transformers on tiny random checkpoints, in fp32 at 1e-4, and t
 
     python -m pytest tests/test_model.py
 """
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import loud, make_clip, make_qwen
+from PIL import Image
 from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration, Qwen2ForCausalLM
 
 from configurator import UserError
-from engine.hf import save_tensors
+from data import render, transform_image
+from engine.hf import published_tensors, require_tokenizer, save_tensors
 from model import DECODERS, Llava, LlavaConfig, VisionConfig, rope_angles
 from moe import upcycle
 
@@ -73,7 +76,7 @@ def test_qwen_logits(tmp_path, clip_folder, tied, kv_heads, shard):
 
 
 # -----------------------------------------------------------------------------
-# The whole, dense and sparse, opened by transformers
+# The whole model, dense and sparse, opened by transformers
 
 def saved(tmp_path, clip_folder, qwen_folder, kind):
     llava = Llava.from_parts(clip_folder, qwen_folder)
@@ -95,10 +98,10 @@ def test_transformers_opens_our_folder(tmp_path, clip_folder, qwen_folder, kind)
     theirs, report = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, pixels, lengths = batch_of(ours)
-    real = valid_positions(lengths, ids.shape[1])
+    valid = valid_positions(lengths, ids.shape[1])
     with torch.no_grad():
-        expected = theirs.eval()(input_ids=ids, pixel_values=pixels, attention_mask=real.long()).logits
-        torch.testing.assert_close(ours(ids, pixels)[real], expected[real], **TOLERANCE)
+        expected = theirs.eval()(input_ids=ids, pixel_values=pixels, attention_mask=valid.long()).logits
+        torch.testing.assert_close(ours(ids, pixels)[valid], expected[valid], **TOLERANCE)
         again = Llava.from_pretrained(tmp_path)
         torch.testing.assert_close(again(ids, pixels), ours(ids, pixels), atol=0, rtol=0)
 
@@ -131,7 +134,6 @@ def test_older_and_newer_key_layouts(tmp_path, clip_folder, qwen_folder):
 
 
 def renamed(llava):
-    from model import published_tensors
     moves = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
              "vision_tower.vision_model.": "model.vision_tower.vision_model.", "multi_modal_projector.":
              "model.multi_modal_projector."}
@@ -143,7 +145,6 @@ def renamed(llava):
 
 
 def test_shards_and_index(tmp_path, clip_folder, qwen_folder):
-    from model import published_tensors
     ours = saved(tmp_path, clip_folder, qwen_folder, "dense")
     save_tensors(published_tensors(ours), tmp_path, max_shard_bytes=50_000)
     names = sorted(path.name for path in tmp_path.glob("model*.safetensors"))
@@ -157,18 +158,17 @@ def test_shards_and_index(tmp_path, clip_folder, qwen_folder):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("content", ["string", "list"])
 @pytest.mark.parametrize("template", ["vicuna", "chatml"])
-def test_auto_processor_gives_our_ids_and_pixels(tmp_path, clip_folder, qwen_folder, template):
-    from PIL import Image
-
-    from data import render, transform_image
+def test_auto_processor_gives_our_ids_and_pixels(tmp_path, clip_folder, qwen_folder, template, content):
     llava = Llava.from_parts(clip_folder, qwen_folder, template=template)
     llava.save_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    images = [Image.linear_gradient("L").resize((50, 31)).convert("RGB"), Image.radial_gradient("L").resize((20, 45)).convert("RGB")]
+    images = [Image.linear_gradient("L").resize((50, 31)), Image.radial_gradient("L").resize((20, 45))]
+    images = [image.convert("RGB") for image in images]
     turns = [{"from": "human", "value": "<image>\nwhat is the red cup ?"}, {"from": "gpt", "value": "a dog"},
              {"from": "human", "value": "<image>\n and the blue bus ?"}]
-    messages = [{"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]} for turn in turns]
+    messages = as_messages(turns, content)
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     theirs = processor(text=text, images=images, return_tensors="pt")
     ids, _ = render(turns, llava.tokenizer, template, llava.config.image_tokens)
@@ -179,10 +179,60 @@ def test_auto_processor_gives_our_ids_and_pixels(tmp_path, clip_folder, qwen_fol
     assert processor.tokenizer.pad_token_id == llava.config.pad_token_id
 
 
+def as_messages(turns, content):
+    """Turns in the form of chat templates, whose content is a string or a list of parts."""
+    messages = []
+    for turn in turns:
+        role, value = {"human": "user", "gpt": "assistant"}[turn["from"]], turn["value"]
+        if content == "list":
+            n_images = value.count("<image>\n")
+            value = [{"type": "image"}] * n_images + [{"type": "text", "text": value.replace("<image>\n", "")}]
+        messages.append({"role": role, "content": value})
+    return messages
+
+
+# A question and an answer, then a question without the request for an answer, which vicuna's layout cannot tell apart.
+RENDERED = {
+    "vicuna": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+              "detailed, and polite answers to the user's questions. "
+              "USER: <image>\nwhat 'is' {it} ? ASSISTANT: a \\ dog<|endoftext|>USER: no ASSISTANT:",
+    "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+              "<|im_start|>user\n<image>\nwhat 'is' {it} ?<|im_end|>\n<|im_start|>assistant\na \\ dog<|im_end|>\n"
+              "<|im_start|>user\nno<|im_end|>\n",
+}
+
+
+@pytest.mark.parametrize("content", ["string", "list"])
+@pytest.mark.parametrize("template", ["vicuna", "chatml"])
+def test_chat_template_to_the_letter(tmp_path, clip_folder, qwen_folder, template, content):
+    Llava.from_parts(clip_folder, qwen_folder, template=template).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    turns = [{"from": "human", "value": "<image>\nwhat 'is' {it} ?"}, {"from": "gpt", "value": "a \\ dog"},
+             {"from": "human", "value": "no"}]
+    messages = as_messages(turns, content)
+    assert processor.apply_chat_template(messages) == RENDERED[template]
+    generation_prompt = {"vicuna": "", "chatml": "<|im_start|>assistant\n"}[template]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == RENDERED[template] + generation_prompt
+    with pytest.raises(Exception, match="roles user and assistant only"):
+        processor.apply_chat_template([{"role": "system", "content": "no"}])
+
+
+def test_a_folder_without_tokenizer_or_template_is_named(world):
+    llava = Llava.from_pretrained(world / "dense")
+    require_tokenizer(llava, "folder")
+    llava.config.template = None
+    with pytest.raises(UserError, match='folder: config.json .*template.*"vicuna" or "chatml"'):
+        require_tokenizer(llava, "folder")
+    llava.tokenizer = None
+    with pytest.raises(UserError, match="folder: has no tokenizer.json"):
+        require_tokenizer(llava, "folder")
+
+
 # -----------------------------------------------------------------------------
 # Sizes
 
-# method tables: LLM parameters in billions, adaptor in millions, E4T2 in every second layer: total and active, in billions
+# The paper's tables: LLM parameters in billions, adaptor in millions; E4T2 in every second layer: total and active, in
+# billions.
 PUBLISHED = {
     "Qwen/Qwen1.5-0.5B": (0.464, 2.10, 0.775, 0.568), "Qwen/Qwen1.5-1.8B": (1.837, 6.30, 3.054, 2.243),
     "Qwen/Qwen1.5-4B": (3.950, 9.18, None, None), "Qwen/Qwen1.5-7B": (7.721, 20.98, None, None),
@@ -194,7 +244,6 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_real_widths_have_the_published_parameter_counts(name):
     """Built on the meta device: no memory, real shapes. 0.1 %, or the last digit that the table prints."""
-    import dataclasses
     llm, adaptor, total, active = PUBLISHED[name]
 
     def build(text):
@@ -227,8 +276,8 @@ def test_future_tokens_and_padding_change_nothing(clip_folder, qwen_folder):
     torch.testing.assert_close(llava(changed, pixels)[0, :13], logits[0, :13], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(llava(changed, pixels)[0, 13:], logits[0, 13:], atol=1e-2)
     longer = torch.cat([ids, ids.new_full((3, 7), llava.config.pad_token_id)], dim=1)
-    real = valid_positions(lengths, ids.shape[1])
-    torch.testing.assert_close(llava(longer, pixels)[:, :ids.shape[1]][real], logits[real], atol=1e-5, rtol=1e-5)
+    valid = valid_positions(lengths, ids.shape[1])
+    torch.testing.assert_close(llava(longer, pixels)[:, :ids.shape[1]][valid], logits[valid], atol=1e-5, rtol=1e-5)
     alone = llava(ids[1:2, :lengths[1]])                             # the text-only row by itself
     torch.testing.assert_close(alone[0], logits[1, :lengths[1]], atol=1e-5, rtol=1e-5)
 
@@ -296,7 +345,7 @@ def test_generation_stops_each_row_at_its_end_token(clip_folder, qwen_folder):
 
 
 def test_image_token_takes_the_first_free_id_and_the_matrix_grows_when_full(tmp_path, clip_folder):
-    make_qwen(tmp_path, vocab=39, tied=False)                        # the tokenizer has 36 words or so
+    make_qwen(tmp_path, vocab=39, tied=False)                        # the tokenizer has about 36 words
     llava = Llava.from_parts(clip_folder, tmp_path)
     size = len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"])
     assert (llava.config.image_token_id, llava.config.pad_token_id) == (size, size + 1)
@@ -329,18 +378,26 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
 KEY = "language_model.model.layers.1.self_attn.q_proj.weight"
 BAD = {
     "missing": (lambda f: damage(f, lambda t: t.pop(KEY)), f"tensor {KEY} is missing"),
     "unknown": (lambda f: damage(f, lambda t: t.update(extra=torch.zeros(1))), "unknown tensor extra"),
-    "misshapen": (lambda f: damage(f, lambda t: t.update({KEY: torch.zeros(3, 2)})), "has shape (3, 2), expected (32, 32)"),
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:2000]), "cannot be read"),
+    "misshapen": (lambda f: damage(f, lambda t: t.update({KEY: torch.zeros(3, 2)})),
+                  "has shape (3, 2), expected (32, 32)"),
+    "truncated": (lambda f: truncate(f / "model.safetensors", 2000), "cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights here"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "other model": (lambda f: edit_config(f, model_type="llava_next"), "model_type is 'llava_next', expected 'llava'"),
-    "other act": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu', but this code computes 'silu' only"),
-    "wrong type": (lambda f: edit_config(f, hidden_size="wide"), "hidden_size is 'wide', expected a number from 1 to"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read (No such file or directory)"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json line 1: malformed JSON"),
+    "other model": (lambda f: edit_config(f, model_type="llava_next"),
+                    'model_type: found "llava_next", expected "llava"'),
+    "other act": (lambda f: edit_config(f, hidden_act="gelu"),
+                  'hidden_act: found "gelu", expected "silu", the only value'),
+    "wrong type": (lambda f: edit_config(f, hidden_size="wide"),
+                   'hidden_size: found "wide", expected a number from 1 to'),
     "wrong width": (lambda f: edit_config(f, intermediate_size=50), "has shape (32, 48), expected (32, 50)"),
     "other tokenizer": (lambda f: edit_config(f, image_token_index=7), "not of one checkpoint"),
 }

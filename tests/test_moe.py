@@ -6,6 +6,7 @@ moe.py against slow loops written from the equations, and hand-worked balance lo
 import pytest
 import torch
 
+from configurator import UserError
 from model import FFN, Llava
 from moe import Routing, SparseFFN, balance_loss, expert_counts, sparse_layers, upcycle
 
@@ -32,18 +33,18 @@ def test_sparse_equals_run_every_expert_weight_and_sum(top_k, norm_topk):
 def test_padding_is_neither_routed_nor_counted():
     layer = make_layer()
     x = torch.randn(2, 5, 16)
-    real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    y, routing = layer(x, real)
+    valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    y, routing = layer(x, valid)
     assert routing.probs_NE.shape == (8, 4) and (y[0, 3:] == 0).all()
     full, _ = layer(x)
-    torch.testing.assert_close(y[real], full[real], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(y[valid], full[valid], atol=1e-6, rtol=1e-6)
     x[0, 3:] = 100.0
-    again, other = layer(x, real)
-    torch.testing.assert_close(again[real], y[real], atol=0, rtol=0)
-    torch.testing.assert_close(balance_loss(routing, real), balance_loss(other, real), atol=0, rtol=0)
+    again, other = layer(x, valid)
+    torch.testing.assert_close(again[valid], y[valid], atol=0, rtol=0)
+    torch.testing.assert_close(balance_loss(routing, valid), balance_loss(other, valid), atol=0, rtol=0)
 
 
-def test_top_1_has_weight_one_and_still_teaches_the_router():
+def test_top_1_has_weight_one_and_still_passes_gradient_to_the_router():
     layer = make_layer(top_k=1)
     x = torch.randn(1, 6, 16)
     weight, _ = layer.route(x[0])
@@ -77,11 +78,11 @@ def test_routing_stays_in_fp32_under_autocast():
 # Balance
 
 def test_balance_loss_is_1_at_even_routing_and_grows_to_E():
-    real = torch.ones(1, 4, dtype=torch.bool)
+    valid = torch.ones(1, 4, dtype=torch.bool)
     even = Routing(torch.full((4, 4), 0.25), torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]))
-    assert balance_loss(even, real).tolist() == [1.0]
+    assert balance_loss(even, valid).tolist() == [1.0]
     one = Routing(torch.tensor([[1.0, 0, 0, 0]] * 4), torch.zeros(4, 1, dtype=torch.long))
-    assert balance_loss(one, real).tolist() == [4.0]
+    assert balance_loss(one, valid).tolist() == [4.0]
 
 
 def test_balance_loss_worked_by_hand():
@@ -92,32 +93,32 @@ def test_balance_loss_worked_by_hand():
     """
     probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]])
     routing = Routing(probs, torch.tensor([[0], [0], [1], [1]]))
-    real = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    torch.testing.assert_close(balance_loss(routing, real), torch.tensor([2 * (2 / 3 * 0.6 + 1 / 3 * 0.4), 1.6]))
+    valid = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    torch.testing.assert_close(balance_loss(routing, valid), torch.tensor([2 * (2 / 3 * 0.6 + 1 / 3 * 0.4), 1.6]))
 
 
-def test_balance_loss_does_not_depend_on_the_neighbours_in_the_batch():
+def test_balance_loss_does_not_depend_on_other_rows_of_the_batch():
     layer = make_layer()
     x = torch.randn(3, 6, 16)
-    real = torch.arange(6)[None] < torch.tensor([6, 2, 4])[:, None]
-    together = balance_loss(layer(x, real)[1], real)
-    alone = [balance_loss(layer(x[b:b + 1], real[b:b + 1])[1], real[b:b + 1]) for b in range(3)]
+    valid = torch.arange(6)[None] < torch.tensor([6, 2, 4])[:, None]
+    together = balance_loss(layer(x, valid)[1], valid)
+    alone = [balance_loss(layer(x[b:b + 1], valid[b:b + 1])[1], valid[b:b + 1]) for b in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_balance_gradient_goes_to_the_router():
     layer = make_layer()
     x = torch.randn(1, 20, 16)
-    real = torch.ones(1, 20, dtype=torch.bool)
-    balance_loss(layer(x)[1], real).sum().backward()
+    valid = torch.ones(1, 20, dtype=torch.bool)
+    balance_loss(layer(x)[1], valid).sum().backward()
     assert layer.router.weight.grad.abs().sum() > 0
 
 
 def test_expert_counts_split_by_modality():
     routing = Routing(torch.full((4, 3), 1 / 3), torch.tensor([[0, 1], [0, 2], [1, 2], [1, 0]]))
-    real = torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
-    image = torch.tensor([[1, 0, 1], [1, 0, 0]]).bool()              # tokens 0 and 2 of the four real ones
-    assert expert_counts(routing, real, image).tolist() == [[1, 2, 1], [2, 1, 1]]
+    valid = torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
+    image = torch.tensor([[1, 0, 1], [1, 0, 0]]).bool()              # tokens 0 and 2 of the four valid ones
+    assert expert_counts(routing, valid, image).tolist() == [[1, 2, 1], [2, 1, 1]]
 
 
 # -----------------------------------------------------------------------------
@@ -161,14 +162,14 @@ def test_which_layers():
     assert sparse_layers("first_half", 5) == [0, 1] and sparse_layers("second_half", 5) == [2, 3, 4]
     assert sparse_layers([3, 1, 3], 5) == [1, 3]
     for wrong in ("odd", [5], [-1], []):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             sparse_layers(wrong, 5)
 
 
 def test_upcycling_refuses_what_makes_no_sense(clip_folder, qwen_folder):
     llava = Llava.from_parts(clip_folder, qwen_folder)
-    with pytest.raises(ValueError, match="top_k=5"):
+    with pytest.raises(UserError, match="top_k=5"):
         upcycle(llava, 4, 5)
     upcycle(llava, 4, 2)
-    with pytest.raises(ValueError, match="sparse already"):
+    with pytest.raises(UserError, match="sparse already"):
         upcycle(llava, 4, 2)

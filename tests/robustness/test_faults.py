@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from configurator import UserError
+from configurator import Config, UserError
 from engine import resume
 from engine.files import atomic, disk_errors, write_text
 from engine.hf import read_tensors, save_tensors
@@ -111,6 +111,7 @@ def test_a_kill_after_the_last_save_leaves_no_old_folder(world, whole, tmp_path,
 def test_shards_of_two_saves_never_mix(tmp_path, monkeypatch, before, after):
     """`before` and `after`: bytes per shard, 0 for a single file. Stop the second save before each of its file
     operations: the folder holds the old tensors, the new ones, or is refused."""
+    from engine.hf import read_tensors
     old = {f"w{i}": torch.full((50,), 1.0) for i in range(8)}
     new = {f"w{i}": torch.full((50,), 2.0) for i in range(8)}
     shapes = {key: tensor.shape for key, tensor in old.items()}
@@ -425,7 +426,7 @@ def test_a_rank_that_dies_ends_the_others(world, tmp_path):
 def test_ranks_that_read_other_files_disagree(world, tmp_path):
     """One row less, or another student, under the same name: the fingerprints differ, and so the ranks stop."""
     def prints(folder):
-        config = train.Config(train.DEFAULTS, student=str(folder / "dense"))
+        config = Config(train.DEFAULTS, student=str(folder / "dense"))
         student = Llava.from_pretrained(folder / "dense")
         rows = train.InstructionData([(str(folder / "rows.json"), 1.0)], str(folder / "images"), student.tokenizer,
                                           "vicuna", 4, 28, 2048)
@@ -462,7 +463,7 @@ def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
         while not (out / "log.jsonl").is_file():
             assert time.time() < deadline and first.poll() is None
             time.sleep(0.05)
-        with pytest.raises(train.UserError, match="another run is writing there"):
+        with pytest.raises(UserError, match="another run is writing there"):
             train.main(arguments)
     finally:
         first.kill()

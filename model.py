@@ -363,6 +363,20 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head_weight)
 
 
+def sample_token(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, V) -> (B,): greedy at temperature 0, otherwise by the inverse of the cumulative distribution.
+
+    uniform: (B,) random numbers in [0, 1); None: from torch's generator.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    if uniform is None:
+        uniform = torch.rand(len(logits), device=logits.device)
+    cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)                       # (B, V)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
 # -----------------------------------------------------------------------------
 # Llava: the three parts as one model
 
@@ -429,11 +443,13 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def stream(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, max_new_tokens: int = 128,
-               temperature: float = 0.0, eos_token_id: int | list[int] | None = None) -> Iterator[torch.Tensor]:
+               temperature: float = 0.0, eos_token_id: int | list[int] | None = None,
+               uniforms: torch.Tensor | None = None, banned: list[int] | None = None) -> Iterator[torch.Tensor]:
         """Yield one new token per row, (B,), as soon as it is known, until every row has ended.
 
-        Greedy at temperature 0, otherwise sampled from softmax(logits / temperature). Rows of unequal length are padded
-        on the right; each continues after its own last token. After its end token a row yields padding.
+        Greedy at temperature 0, otherwise sampled from softmax(logits / temperature) with `uniforms` (B, max_new_tokens)
+        or torch's generator. `banned` ids are never chosen. Rows of unequal length are padded on the right; each
+        continues after its own last token. After its end token a row yields padding.
         """
         eos_token_id = self.config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
@@ -455,10 +471,9 @@ class Llava(nn.Module):
         finished = torch.zeros_like(lengths, dtype=torch.bool)
         for i in range(max_new_tokens):
             logits = self.decoder.head(hidden).float()                                        # (B, V)
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-            else:
-                token = logits.argmax(-1)                                                     # (B,)
+            if banned:
+                logits[:, banned] = -torch.inf
+            token = sample_token(logits, temperature, None if uniforms is None else uniforms[:, i])      # (B,)
             if filler is not None:
                 token = torch.where(finished, filler, token)
             yield token
@@ -470,9 +485,17 @@ class Llava(nn.Module):
             hidden = hidden[:, 0]
 
     def generate(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, max_new_tokens: int = 128,
-                 temperature: float = 0.0, eos_token_id: int | list[int] | None = None) -> torch.Tensor:
+                 temperature: float = 0.0, eos_token_id: int | list[int] | None = None,
+                 uniforms: torch.Tensor | None = None, banned: list[int] | None = None) -> torch.Tensor:
         """The new tokens only, (B, new), the end token included, padding after it. See `stream`."""
-        return torch.stack(list(self.stream(input_ids, pixel_values, max_new_tokens, temperature, eos_token_id)), dim=1)
+        tokens = self.stream(input_ids, pixel_values, max_new_tokens, temperature, eos_token_id, uniforms, banned)
+        return torch.stack(list(tokens), dim=1)
+
+    def unanswerable_ids(self) -> list[int]:
+        """Ids that an answer must not contain: <image>, padding, and embedding rows that the tokenizer does not know."""
+        ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
+        special = [i for i in (self.config.image_token_id, self.config.pad_token_id) if i is not None and i not in ends]
+        return special + list(range(self.tokenizer.get_vocab_size(), self.config.decoder.vocab_size))
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of each part, in total and, for the decoder, active per token (A of E experts)."""

@@ -41,8 +41,9 @@ from configurator import (BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, U
 from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
-from engine.hf import check_same_tokens, describe_llava, require_text, same_vision
+from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, parse_sources
+from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
 from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, hidden_mse,
@@ -276,6 +277,8 @@ class Objective(nn.Module):
                 ce_weight=0.0 if "sampled" in batch else config.ce_weight))                      # sampled: not data
             loss = each.sum()
             parts = {name: value.sum() / total["response" if name == "ce" else "distilled"] for name, value in sums.items()}
+            if "sampled" in batch:                                   # its own answers: their cross-entropy is no error
+                del parts["ce"]
 
         if config.hidden_weight:
             each = hidden_mse(self.hidden_map(states[at.hidden]), teacher.states[at.hidden])     # (N,)
@@ -418,7 +421,11 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     for step, micro_batches in enumerate(stop.watch(run.batches), start=run.first_step + 1):
         step_began = time.time()
         # Count the global batch before the first forward pass; the ranks' votes to stop travel with the counts.
-        total = count_batch(micro_batches, run.student, config) | stop.votes()
+        answers = {"answers": 0, "answer_tokens": 0, "unfinished": 0}
+        if is_on_policy(config, step) and micro_batches:
+            micro_batches, answers = sample_step(run, micro_batches, step)
+        generation = time.time() - step_began
+        total = count_batch(micro_batches, run.student, config) | answers | stop.votes()
         total = dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
@@ -429,6 +436,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         loss, parts, grad_norm = train_step(run, micro_batches, total, lr, step)
 
         record = log.record(step, loss, parts, lr, grad_norm, total["tokens"], time.time() - step_began)
+        if config.on_policy:
+            record |= log.answers(total, generation)
         if dist.rank == 0:
             resume.append_log(out_dir, record)
             if step % config.log_every == 0 or step == run.steps:
@@ -443,6 +452,18 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if dist.rank == 0:
             resume.write_run(out_dir, config, dist.world_size, finished=True)
             print(f"{config.stage} done: {out_dir}")
+
+
+def sample_step(run: Run, micro_batches: list[dict], step: int) -> tuple[list[dict], dict[str, int]]:
+    """All micro-batches of an on-policy step with the student's own answers, and the counts for the log."""
+    rows = data.micro_batches(run.sampler.batch(step - 1), run.config.micro_batch_size, run.dist.rank, run.dist.world_size)
+    sampled, total = [], Counter()
+    for batch, numbers in zip(micro_batches, rows):
+        with autocast(run.config, run.dist.device):
+            batch, counts = sample_answers(run.student, to_device(run.dist.device, batch), numbers, run.config, step)
+        sampled.append(batch)
+        total.update(counts)
+    return sampled, dict(total)
 
 
 def save_state(run: Run, step: int) -> None:
@@ -569,7 +590,7 @@ def open_student(config: Config) -> Llava:
     else:
         student = Llava.from_parts(config.vision, config.llm, seed=config.seed, template=config.template or "vicuna")
     folder = config.student or config.llm
-    require_text(student, folder)
+    require_tokenizer(student, folder)
     if student.config.pad_token_id is None:
         raise UserError(f"{folder}: config.json names no pad_token_id, which batches of rows of unequal length need")
     sparse = bool(student.config.decoder.num_experts)

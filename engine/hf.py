@@ -589,16 +589,7 @@ def save_llava(llava: Llava, folder: Path, dtype: torch.dtype | None = None,
 
 
 # -----------------------------------------------------------------------------
-# What training asks of a checkpoint, and of two
-
-def require_text(llava: Llava, folder: str | Path) -> None:
-    """UserError unless the checkpoint can render a conversation: it needs a tokenizer and a template."""
-    if llava.tokenizer is None:
-        raise UserError(f"{folder}: has no tokenizer.json; copy the one that the model was trained with into the folder")
-    if llava.config.template is None:
-        raise UserError(f"{folder}: config.json does not say which template the model was trained with; add "
-                        '"template": "vicuna" or "chatml"')
-
+# Student and teacher
 
 def check_same_tokens(student: Llava, teacher: Llava, student_folder: str, teacher_folder: str) -> None:
     """UserError unless both have the same tokens, template and image positions: otherwise they predict different things."""

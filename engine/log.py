@@ -40,6 +40,14 @@ def record(step: int, loss: float, parts: dict[str, torch.Tensor], lr: float, gr
     return record
 
 
+def answers(total: dict[str, int], seconds: float) -> dict:
+    """What an on-policy step adds to its record; in another step "on_policy" is 0 and the rest is missing."""
+    if not total["answers"]:
+        return {"on_policy": 0}
+    return {"on_policy": 1, "answer_tokens": round(total["answer_tokens"] / total["answers"], 2),
+            "unfinished": total["unfinished"], "generation_s": round(seconds, 4)}
+
+
 def line(record: dict, steps: int, seconds_per_step: float) -> str:
     """A record on the screen: everything between "loss" and "lr" is a part of the loss."""
     names = list(record)

@@ -111,7 +111,6 @@ def test_a_kill_after_the_last_save_leaves_no_old_folder(world, whole, tmp_path,
 def test_shards_of_two_saves_never_mix(tmp_path, monkeypatch, before, after):
     """`before` and `after`: bytes per shard, 0 for a single file. Stop the second save before each of its file
     operations: the folder holds the old tensors, the new ones, or is refused."""
-    from engine.hf import read_tensors
     old = {f"w{i}": torch.full((50,), 1.0) for i in range(8)}
     new = {f"w{i}": torch.full((50,), 2.0) for i in range(8)}
     shapes = {key: tensor.shape for key, tensor in old.items()}

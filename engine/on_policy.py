@@ -1,0 +1,56 @@
+"""
+On-policy distillation: the student answers, the teacher is compared with it on those answers (GKD, arXiv 2306.13649).
+
+Off-policy, the student is trained on the data's answers and then has to go on from its own, mistakes included. In an
+on-policy step, the last answer of every row is replaced by one that the student samples now:
+
+    data      system … USER: <image> question 1 ASSISTANT: answer 1  USER: question 2 ASSISTANT: answer 2
+    sampled   system … USER: <image> question 1 ASSISTANT: answer 1  USER: question 2 ASSISTANT: what the student says
+
+The distillation losses run on it as on any batch; the cross-entropy does not, since these words are no data. No gradient
+goes through the sampling. An answer that reached the length limit has no end token, and none is made up.
+
+Whether a step is on-policy depends on (seed, step) only, and each row's random numbers on (seed, step, row): all ranks
+agree, a resumed run samples the same answers, and so does a batch that is cut in another way.
+"""
+import numpy as np
+import torch
+
+from configurator import Config
+from data import pad_right
+from model import Llava
+
+
+def is_on_policy(config: Config, step: int) -> bool:
+    return config.on_policy > 0 and np.random.default_rng([config.seed, step]).random() < config.on_policy
+
+
+def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config, step: int) -> tuple[dict, dict[str, int]]:
+    """The batch with the student's own last answers, and counts for the log: "answers", "answer_tokens", "unfinished".
+
+    batch: input_ids (B, T), mask (B, T), pixel_values, on the student's device; rows: their numbers in the data set.
+    """
+    prompts = [ids[:start].tolist() for ids, start in zip(batch["input_ids"], answer_starts(batch["mask"]))]
+    device, pad_id = batch["input_ids"].device, student.config.pad_token_id
+    uniforms = np.stack([np.random.default_rng([config.seed, step, row]).random(config.on_policy_tokens) for row in rows])
+    new = student.generate(pad_right(prompts, pad_id).to(device), batch["pixel_values"], config.on_policy_tokens,
+                           config.on_policy_temperature, uniforms=torch.from_numpy(uniforms).to(device),
+                           banned=student.unanswerable_ids())                                    # (B, new)
+    ends = student.config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ids, masks, counts = [], [], {"answers": len(rows), "answer_tokens": 0, "unfinished": 0}
+    for prompt, answer in zip(prompts, new.tolist()):
+        end = next((i for i, token in enumerate(answer) if token in ends), None)
+        answer = answer if end is None else answer[:end + 1]         # what follows the end token is padding
+        ids.append(prompt + answer)
+        masks.append([0] * len(prompt) + [1] * len(answer))
+        counts["answer_tokens"] += len(answer)
+        counts["unfinished"] += end is None
+    return batch | {"input_ids": pad_right(ids, pad_id).to(device), "mask": pad_right(masks, 0).bool().to(device),
+                    "sampled": torch.ones(len(rows), dtype=torch.bool, device=device)}, counts
+
+
+def answer_starts(mask: torch.Tensor) -> list[int]:
+    """(B, T) bool -> for each row, the first position of its last run of ones."""
+    begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)             # a one after a zero
+    return [int(row.nonzero()[-1]) for row in begins]

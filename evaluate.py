@@ -260,7 +260,8 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
                 last_print, seconds = time.time(), time.time() - started
                 done = min((i + 1) * batch_size * world_size, len(rows))
                 left = timedelta(seconds=round(seconds / (i + 1) * (len(batches) - i - 1)))
-                print(f"{benchmark.name}: {done:,}/{len(rows):,} answered, {done / seconds:.1f}/s, {left} left", flush=True)
+                speed = f"{done / seconds:.1f}/s, {left} left"
+                print(f"{benchmark.name}: {done:,}/{len(rows):,} answered, {speed}", flush=True)
 
 
 def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop: bool) -> list[Future]:

@@ -64,7 +64,8 @@ class ChatModel:
                 reply = completion(response)
                 if reply is not None:
                     return reply
-                problem = f"HTTP {response.status_code} and no chat completion: {' '.join(response.text.split())[:80]!r}"
+                body_text = " ".join(response.text.split())[:80]
+                problem = f"HTTP {response.status_code} and no chat completion: {body_text!r}"
                 if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                     break             # a wrong key or model name: retrying does not help
             if pause:

@@ -2,8 +2,8 @@
 MME: two questions about each of 1,187 images, one to answer with yes and one with no, in 14 categories.
 
     MME/llava_mme.jsonl                             questions, with their prompt
-    MME/MME_Benchmark_release_version/CATEGORY/     NAME.png and NAME.txt side by side, or (artwork, celebrity, landmark,
-                                                    posters, scene) in images/ and questions_answers_YN/
+    MME/MME_Benchmark_release_version/CATEGORY/     NAME.png and NAME.txt; for artwork, celebrity, landmark, posters and
+                                                    scene in the folders images/ and questions_answers_YN/
 """
 from collections import defaultdict
 from pathlib import Path

@@ -1,9 +1,9 @@
 """
 Nouns and COCO objects in a text: what Object HalBench and AMBER count.
 
-The official scorers look nouns up in WordNet. Here a noun is known if the benchmark's own vocabulary has it, which is all
-that scoring needs. The endings are WordNet's, surprises included: "men" is an entry of its own there and never becomes
-"man", and of several possible singulars the shortest is taken, which turns "vases" into "vas", a duct.
+The official scorers look nouns up in WordNet. Here a noun is known if the benchmark's own vocabulary has it, which is
+all that scoring needs. The endings are WordNet's, surprises included: "men" is an entry of its own there and never
+becomes "man", and of several possible singulars the shortest is taken, which turns "vases" into "vas", a duct.
 """
 import re
 from pathlib import Path

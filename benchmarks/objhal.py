@@ -90,7 +90,7 @@ class ObjHal(Benchmark):
             lengths.append(len(text.split()))
             readings.append((mentions, sorted(question.gold), float(not wrong)))
         self.protocol["objects"] = f"listed by {self.config.judge_model}" if chat else "words of the response"
-        # chair_i sums mentions over the data set; chair_s counts responses among those with a mention, as the paper does
+        # chair_i sums mentions over the data set; chair_s is a share of the responses with a mention, as in the paper.
         return {f"chair_s{kind}": percent(total["hallucinated_responses"], total["responses_with_mention"]),
                 f"chair_i{kind}": percent(total["hallucinated_mentions"], total["mentions"]),
                 f"chair_s_all{kind}": percent(total["hallucinated_responses"], len(texts)),

@@ -1,6 +1,6 @@
 """
-POPE: "Is there a kite in the image?" In half of the questions there is. The absent objects are drawn at random (random),
-from the most frequent ones (popular), or from those that mostly come with what is in the image (adversarial).
+POPE: "Is there a kite in the image?" In half of the questions there is. The absent objects are drawn at random
+(random), from the most frequent ones (popular), or from those that often occur with what is there (adversarial).
 
     pope/llava_pope_test.jsonl                      8,910 questions, with their prompt
     pope/coco/coco_pope_SPLIT.json                  labels: adversarial, random, popular
@@ -30,14 +30,14 @@ class POPE(Benchmark):
                     if label not in ("yes", "no"):
                         raise UserError(f'{where}: found the label {label[:40]!r}, expected "yes" or "no"')
                     labels[split, need(row, "image", str, where), need(row, "text", str, where)] = label
-            # The random split was released twice, with other questions. The official scorer pairs answers and labels by
-            # position, and the wrong release silently costs 40 points of F1. So we join on image and question.
+            # The random split was released twice, with different questions. The official scorer pairs answers and
+            # labels by position, so the wrong release silently costs 40 points of F1. Here: by image and question.
             asked, image = without_suffix(question.prompt), question.meta["image"]
             question.gold = labels.get((split, image, asked))
             if question.gold is None:
-                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, which is "
-                                "of another release; LLaVA's question file needs the random split of 2,910 rows, not "
-                                "the one of 3,000")
+                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, which "
+                                "is of another release; LLaVA's question file needs the random split of 2,910 rows, "
+                                "not the one of 3,000")
         return questions
 
     def score(self, texts: list[str]) -> tuple[dict, list[tuple]]:

@@ -30,8 +30,8 @@ class ScienceQA(Benchmark):
             questions.append(self.question(id, row, where, problems[str(id)]))
         absent = test - {question.key for question in questions}
         if absent:
-            raise UserError(f"{self.root / 'llava_test_CQM-A.json'}: {len(absent):,} problems of the test split are not "
-                            f"there (first: {min(absent)}); take all three files of the same release")
+            raise UserError(f"{self.root / 'llava_test_CQM-A.json'}: {len(absent):,} problems of the test split are "
+                            f"not there (first: {min(absent)}); take all three files of the same release")
         return questions
 
     def question(self, id: str | int, row: dict, where: str, problem: dict) -> Question:
@@ -61,7 +61,7 @@ class ScienceQA(Benchmark):
             if question.meta["has_image"]:
                 with_image.append(score)
             if parsed is not None and ord(parsed) - ord("A") >= question.meta["choices"]:
-                beyond_choices += 1                                  # simply wrong
+                beyond_choices += 1
         all_scores = [score for _, _, score in readings]
         return {"accuracy": 100 * mean(with_image), "correct": int(sum(with_image)), "image_rows": len(with_image),
                 "accuracy_all": 100 * mean(all_scores), "correct_all": int(sum(all_scores)),
@@ -71,8 +71,8 @@ class ScienceQA(Benchmark):
 
 def parse(text: str) -> str | None:
     """
-    "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and a text with
-    two verdicts are failures, None.
+    "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and a text
+    with two verdicts are failures, None. A letter beyond the choices is simply wrong.
     """
     text = text.strip()
     if re.fullmatch("[A-E]", text):

@@ -14,7 +14,7 @@ ARTICLES = ("a", "an", "the")
 
 
 def contractions() -> dict[str, str]:
-    """A word that lacks one of its apostrophes gets it back: dont -> don't, couldnt've and couldn'tve -> couldn't've."""
+    """Spelling with one apostrophe missing -> the word: dont -> don't, couldnt've and couldn'tve -> couldn't've."""
     table = {}
     for word in read_text(Path(__file__).with_name("contractions.txt")).split():
         for i, letter in enumerate(word):

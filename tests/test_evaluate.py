@@ -1,6 +1,6 @@
 """
 Every benchmark on a small folder made by hand, in its official layout, through the command line: once with an answer
-file, once with a model that knows the answers by heart. The expected numbers are counted by hand beside the answers.
+file, once with a model that knows the answers by heart. The expected numbers are counted by hand, next to the answers.
 """
 import base64
 import http.server
@@ -34,9 +34,9 @@ def shell(argv):
     return 0
 
 
-def picture(colour="red", size=(40, 30)):
+def picture(color="red", size=(40, 30)):
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
+    Image.new("RGB", size, color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -53,8 +53,8 @@ def put(path, content):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The folders. Each function writes one and returns [(what the model is asked, row of the answer file)] and the
-# expected numbers. "<image>" at the start of what is asked means that an image goes with it.
+# The folders. Each function writes one and returns [(the model's prompt, row of the answer file)] and the
+# expected numbers. "<image>" at the start of a prompt means that an image goes with it.
 
 
 def row(id, text, prompt):
@@ -102,7 +102,7 @@ def scienceqa(root):
         lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices)]
         asked = "\n".join([f"Context: hint {id}", "Which?"] + lettered)
         image = {"image": f"{id}/image.png"} if has_image else {}
-        value = f"{asked}\n<image>" if has_image else asked  # wherever it stands, the image goes first
+        value = f"{asked}\n<image>" if has_image else asked  # wherever it is, the image goes first
         turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "A"}]
         questions.append({"id": id, **image, "conversations": turns})
         problems[id] = {"question": "Which?", "choices": choices, "answer": gold,
@@ -262,7 +262,7 @@ FOLDERS = {"gqa": gqa, "vizwiz": vizwiz, "scienceqa": scienceqa, "textvqa": text
 
 
 class Scripted:
-    """Stands in for a Llava: reads the prompt off the ids, which are bytes, and says what its script says."""
+    """In place of a Llava: decodes the prompt from the ids, which are bytes, and replies what its script says."""
 
     def __init__(self, script):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -433,7 +433,7 @@ def test_crop_or_pad(tmp_path, scripted):
         _, model = scripted(script, "--benchmark=gqa", f"--data={tmp_path}", f"--out_dir={tmp_path / crop}",
                             f"--crop={crop}")
         pads.append(model.pixels[0][0, 0, 0, 0].item())
-    assert abs(pads[0]) < 0.1 and pads[1] < -1.5  # the mean colour, which is about 0, and black
+    assert abs(pads[0]) < 0.1 and pads[1] < -1.5  # the mean color, which is about 0, and black
 
 
 def test_an_answer_is_cut_at_max_new_tokens(tmp_path, scripted):
@@ -480,7 +480,7 @@ def test_synonyms_txt_takes_the_place_of_the_built_in_table(tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """endpoint.replies: what comes next, (status, body) each; endpoint.requests: what was asked. Nobody sleeps."""
+    """endpoint.replies: what comes next, (status, body) each; endpoint.requests: what was sent. No real sleeping."""
     told = SimpleNamespace(replies=[], requests=[], pauses=[])
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -632,19 +632,20 @@ def test_an_interrupted_run_continues(tmp_path, scripted, capsys):
     answers, expected = gqa(tmp_path)
     script = {asked: row["text"] for asked, row in answers}
     broken = dict(list(script.items())[:3])
-    with pytest.raises(KeyError):  # stands for a crash in the second or third batch
+    with pytest.raises(KeyError):  # like a crash in the second or third batch
         scripted(broken, *flags("gqa", tmp_path))
     done = lines(tmp_path / "out/gqa/answers.partial.0.jsonl")
     assert 0 < len(done) < 5
     with open(tmp_path / "out/gqa/answers.partial.0.jsonl", "a") as file:
         file.write('{"job": "torn')
-    os.rename(tmp_path / "out/gqa/answers.partial.0.jsonl", tmp_path / "out/gqa/answers.partial.3.jsonl")  # of another rank
+    # as if another rank had written it
+    os.rename(tmp_path / "out/gqa/answers.partial.0.jsonl", tmp_path / "out/gqa/answers.partial.3.jsonl")
     code, model = scripted(script, *flags("gqa", tmp_path))
     assert code == 0 and len(model.asked) == 5 - len(done)
     assert f"{len(done)} of them answered earlier" in capsys.readouterr().out
     assert results(tmp_path)["gqa"]["accuracy"] == expected["accuracy"]
 
-    code, model = scripted({}, *flags("gqa", tmp_path))  # finished: nothing is asked again
+    code, model = scripted({}, *flags("gqa", tmp_path))  # finished: nothing is generated again
     assert code == 0 and model.asked == [] and "already answered" in capsys.readouterr().out
 
 
@@ -689,7 +690,8 @@ MISTAKES = {  # name -> (benchmark, file, change, what the line has to say)
                        "llava_pope_test.jsonl line 1: malformed"),
     "malformed json": ("scienceqa", "scienceqa/problems.json", lambda t: t[:-1],
                        "problems.json line 1: malformed JSON"),
-    "wrong kind": ("scienceqa", "scienceqa/problems.json", lambda t: "[]", "problems.json: found [], expected a JSON object"),
+    "wrong kind": ("scienceqa", "scienceqa/problems.json", lambda t: "[]",
+                   "problems.json: found [], expected a JSON object"),
     "column missing": ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", lambda t: t.replace('"image"', '"imag"', 1),
                        'line 1: the key "image" is missing'),
     "row is no object": ("pope", "pope/llava_pope_test.jsonl", lambda t: t + "7\n",
@@ -802,7 +804,13 @@ def test_a_base64_text_that_is_no_image(tmp_path, scripted, capsys):
      "batch_size is 0, expected a positive number"),
     (["--benchmark=mmhal", "--data=x", "--out_dir=o", "--model=m", "--judge_url=u"], "go together"),
     (["--benchmark=objhal", "--data=x", "--out_dir=o", "--model=m", "--objhal_extract=True"], "needs the chat model"),
-    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--dtype=int8"], "dtype is 'int8', expected one of float32, bfloat16, float16"),
+    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--dtype=int8"],
+     "dtype is 'int8', expected one of float32, bfloat16, float16"),
+    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--vizwiz_split=train"],
+     "vizwiz_split is 'train', expected one of val, test"),
+    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--max_new_tokens=-1"], "max_new_tokens is -1"),
+    (["--benchmark=pope", "--out_dir=o", "--model=m"], "--data is missing"),
+    (["--benchmark=pope", "--data=x", "--model=m"], "--out_dir is missing"),
     (["--benchmark=pope", "--data=nowhere", "--out_dir=o", "--model=m"], "llava_pope_test.jsonl: cannot be read"),
 ])
 def test_mistakes_on_the_command_line(argv, needle, capsys):

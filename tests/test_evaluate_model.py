@@ -1,5 +1,5 @@
 """
-Answering: evaluate.py --model on a tiny random checkpoint and a POPE folder of one-colour images, through the command
+Answering: evaluate.py --model on a tiny random checkpoint and a POPE folder of one-color images, through the command
 line.
 
 What the answers are does not matter here (the weights are random); that they are the same whatever the batch size,

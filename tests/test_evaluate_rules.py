@@ -26,7 +26,7 @@ from configurator import UserError
     ("q & a", "q &"),                        # & is no punctuation here, a is an article
     ("", ""), ("the", ""), ("The a an", ""),
     ("top-left", "top left"),                # inside words: a space
-    ("top-left - two", "topleft 2"),         # beside a space anywhere: deleted everywhere
+    ("top-left - two", "topleft 2"),         # next to a space anywhere: deleted everywhere
     ("yes/no", "yes no"), ("(red)", "red"), ("a\tb\nc", "b c"),
     ("None", "0"), ("zero", "0"), ("Ten", "10"), ("eleven", "eleven"),
     ("dont", "don't"), ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
@@ -128,7 +128,8 @@ def test_mmbench_letters(text, options, expected):
 
 
 @pytest.mark.parametrize("cell, expected", [
-    ("", True), (None, True), ("None", True), ("NONE", True), ("nan", True), ("NA", True), ("N/A", True), ("null", True),
+    ("", True), (None, True), ("None", True), ("NONE", True), ("nan", True), ("NA", True), ("N/A", True),
+    ("null", True),
     ("NULL", True), ("Null", False), ("Na", False), ("0", False), ("None of them", False)])
 def test_mmbench_empty_cells(cell, expected):
     assert mmbench.is_empty(cell) == expected

@@ -1,12 +1,13 @@
 """
 Every benchmark on a small folder made by hand, in its official layout, through the command line: once with an answer
-file, once with a model that knows the answers by heart. The expected numbers are counted by hand beside the answers.
+file, once with a model that knows the answers by heart. The expected numbers are counted by hand, next to the answers.
 """
 import base64
 import http.server
 import io
 import json
 import os
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -16,12 +17,26 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import evaluate
-from evaluate import LETTER, LETTER_CN, SHORT
+from benchmarks import judge
+from benchmarks.common import LETTER, LETTER_CN, SHORT
+from configurator import run
 
 
-def picture(colour="red", size=(40, 30)):
+def shell(argv):
+    """evaluate.py as a shell runs it -> the exit code; what went wrong is on stderr."""
+    before, sys.argv = sys.argv, ["evaluate.py", *argv]
+    try:
+        run(evaluate.main, evaluate.__doc__, evaluate.DEFAULTS)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def picture(color="red", size=(40, 30)):
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
+    Image.new("RGB", size, color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -38,8 +53,8 @@ def put(path, content):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The folders. Each function writes one and returns [(what the model is asked, row of the answer file)] and the
-# expected numbers. "<image>" at the start of what is asked means that an image goes with it.
+# The folders. Each function writes one and returns [(the model's prompt, row of the answer file)] and the
+# expected numbers. "<image>" at the start of a prompt means that an image goes with it.
 
 
 def row(id, text, prompt):
@@ -87,7 +102,7 @@ def scienceqa(root):
         lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices)]
         asked = "\n".join([f"Context: hint {id}", "Which?"] + lettered)
         image = {"image": f"{id}/image.png"} if has_image else {}
-        value = f"{asked}\n<image>" if has_image else asked  # wherever it stands, the image goes first
+        value = f"{asked}\n<image>" if has_image else asked  # wherever it is, the image goes first
         turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "A"}]
         questions.append({"id": id, **image, "conversations": turns})
         problems[id] = {"question": "Which?", "choices": choices, "answer": gold,
@@ -247,7 +262,7 @@ FOLDERS = {"gqa": gqa, "vizwiz": vizwiz, "scienceqa": scienceqa, "textvqa": text
 
 
 class Scripted:
-    """Stands in for a Llava: reads the prompt off the ids, which are bytes, and says what its script says."""
+    """In place of a Llava: decodes the prompt from the ids, which are bytes, and replies what its script says."""
 
     def __init__(self, script):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -287,7 +302,7 @@ def scripted(monkeypatch, tmp_path):
     def answer(script, *flags):
         model = Scripted(script)
         monkeypatch.setattr(evaluate.Llava, "from_pretrained", lambda path, dtype, device: model)
-        code = evaluate.main([f"--model={tmp_path / 'checkpoint'}", "--device=cpu", "--batch_size=2", *flags])
+        code = shell([f"--model={tmp_path / 'checkpoint'}", "--device=cpu", "--batch_size=2", *flags])
         return code, model
     return answer
 
@@ -314,7 +329,7 @@ def test_score_an_answer_file(name, tmp_path):
     for image in list(tmp_path.rglob("*.png")):
         image.unlink()  # scoring needs no image
     put(tmp_path / "mine.jsonl", [row for _, row in reversed(answers)])  # in any order
-    assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 0
+    assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 0
     entry = results(tmp_path)[name]
     assert {key: entry[key] for key in expected} == pytest.approx(expected)
     scored = lines(tmp_path / "out" / name / "scored.jsonl")
@@ -322,6 +337,15 @@ def test_score_an_answer_file(name, tmp_path):
     assert [each["text"] for each in scored] == [row["text"] for _, row in answers]
     assert all(list(each) == ["question_id", "text", "parsed", "gold", "score"] for each in scored)
     assert entry["missing"] == 0 and entry["protocol"]["files"] and "mine.jsonl" in entry["protocol"]["answers"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_paths_may_be_relative(name, tmp_path, monkeypatch):
+    answers, _ = FOLDERS[name](tmp_path / "data")
+    put(tmp_path / "mine.jsonl", [row for _, row in answers])
+    monkeypatch.chdir(tmp_path)
+    assert shell(["--answers=mine.jsonl", f"--benchmark={name}", "--data=data", "--out_dir=out"]) == 0
+    assert results(tmp_path)[name]["missing"] == 0
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -348,7 +372,7 @@ def test_answer_with_a_model(name, tmp_path, scripted):
 def test_what_else_the_benchmarks_report(tmp_path):
     for name in ("gqa", "pope", "mme", "mmbench", "vizwiz"):
         put(tmp_path / "mine.jsonl", [row for _, row in FOLDERS[name](tmp_path)[0]])
-        assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 0
+        assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 0
     found, out = results(tmp_path), tmp_path / "out"
     assert found["gqa"]["by_type"]["open"] == {"accuracy": 50, "correct": 1, "rows": 2}
     splits = found["pope"]["splits"]
@@ -373,7 +397,7 @@ def test_the_average_appears_with_its_seventh_column(tmp_path):
     for name in seven:
         assert "average" not in (results(tmp_path) if (tmp_path / "out/results.json").exists() else {})
         put(tmp_path / "mine.jsonl", [row for _, row in FOLDERS[name](tmp_path)[0]])
-        assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 0
+        assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 0
     assert results(tmp_path)["average"] == pytest.approx((50 + 95 + 50 + 80 + 81.25 + 200 / 3 + 200 / 3) / 7)
 
 
@@ -394,7 +418,7 @@ def test_vizwiz_test_split_is_for_the_server(tmp_path):
     put(tmp_path / "vizwiz/llava_test.jsonl", [question])
     put(tmp_path / "mine.jsonl", [row(7, "It's 1,000.", "")])
     command = [f"--answers={tmp_path / 'mine.jsonl'}", *flags("vizwiz", tmp_path), "--vizwiz_split=test"]
-    assert evaluate.main(command) == 0
+    assert shell(command) == 0
     submission = json.loads((tmp_path / "out/vizwiz/submission.json").read_text())
     assert submission == [{"image": "VizWiz_test_7.jpg", "answer": "it 's 1000"}]
     assert "val_accuracy" not in results(tmp_path)["vizwiz"] and "server" in results(tmp_path)["vizwiz"]["note"]
@@ -409,7 +433,7 @@ def test_crop_or_pad(tmp_path, scripted):
         _, model = scripted(script, "--benchmark=gqa", f"--data={tmp_path}", f"--out_dir={tmp_path / crop}",
                             f"--crop={crop}")
         pads.append(model.pixels[0][0, 0, 0, 0].item())
-    assert abs(pads[0]) < 0.1 and pads[1] < -1.5  # the mean colour, which is about 0, and black
+    assert abs(pads[0]) < 0.1 and pads[1] < -1.5  # the mean color, which is about 0, and black
 
 
 def test_an_answer_is_cut_at_max_new_tokens(tmp_path, scripted):
@@ -424,7 +448,7 @@ def test_without_a_padding_token_rows_go_one_by_one(tmp_path, monkeypatch):
     model = Scripted({asked: row["text"] for asked, row in answers})
     model.config.pad_token_id = None
     monkeypatch.setattr(evaluate.Llava, "from_pretrained", lambda path, dtype, device: model)
-    assert evaluate.main([f"--model={tmp_path / 'checkpoint'}", "--device=cpu", *flags("gqa", tmp_path)]) == 0
+    assert shell([f"--model={tmp_path / 'checkpoint'}", "--device=cpu", *flags("gqa", tmp_path)]) == 0
     assert [len(pixels) for pixels in model.pixels] == [1] * 5
     assert results(tmp_path)["gqa"]["accuracy"] == expected["accuracy"]
 
@@ -436,7 +460,7 @@ def test_amber_answers_become_yes_and_no(tmp_path, scripted):
     assert [each["text"] for each in lines(tmp_path / "out/amber/answers.jsonl")[1:]] == ["No", "Maybe", "Yes"]
     official = [{"id": row["question_id"], "response": row["text"]} for _, row in answers]
     put(tmp_path / "responses.json", official)
-    assert evaluate.main([f"--answers={tmp_path / 'responses.json'}", *flags("amber", tmp_path)]) == 0
+    assert shell([f"--answers={tmp_path / 'responses.json'}", *flags("amber", tmp_path)]) == 0
     assert results(tmp_path)["amber"]["chair"] == expected["chair"]
 
 
@@ -444,7 +468,7 @@ def test_synonyms_txt_takes_the_place_of_the_built_in_table(tmp_path):
     answers, _ = objhal(tmp_path)
     put(tmp_path / "objhal/synonyms.txt", "person, people\ndog, nice\nbench\n")
     put(tmp_path / "mine.jsonl", [row for _, row in answers])
-    assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags("objhal", tmp_path)]) == 0
+    assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags("objhal", tmp_path)]) == 0
     entry = results(tmp_path)["objhal"]
     assert entry["mentions"] == 6  # here "hot dog" is a dog, and "nice" is one
     assert entry["protocol"]["vocabulary"] == "synonyms.txt, 5 words"
@@ -456,7 +480,7 @@ def test_synonyms_txt_takes_the_place_of_the_built_in_table(tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """endpoint.replies: what comes next, (status, body) each; endpoint.requests: what was asked. Nobody sleeps."""
+    """endpoint.replies: what comes next, (status, body) each; endpoint.requests: what was sent. No real sleeping."""
     told = SimpleNamespace(replies=[], requests=[], pauses=[])
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -474,7 +498,7 @@ def endpoint(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     told.url = f"http://127.0.0.1:{server.server_port}/v1"
-    monkeypatch.setattr(evaluate.time, "sleep", told.pauses.append)
+    monkeypatch.setattr(judge.time, "sleep", told.pauses.append)
     yield told
     server.shutdown()
     server.server_close()
@@ -501,7 +525,7 @@ def test_mmhal_with_a_judge(tmp_path, endpoint, monkeypatch):
     command = mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=judge-1", "--judge_key_env=MY_KEY"]
     endpoint.replies = [said("Good.\nRating: 5"), (503, "busy"), (429, "slow down"), said("Rating: 2"),
                         said("Rating:4")]
-    assert evaluate.main(command) == 0
+    assert shell(command) == 0
     entry = results(tmp_path)["mmhal"]
     assert entry["score"] == pytest.approx(7 / 3)  # 5, 2, and 0 for the unclear reply
     assert entry["hallucination_rate"] == pytest.approx(200 / 3)
@@ -516,7 +540,7 @@ def test_mmhal_with_a_judge(tmp_path, endpoint, monkeypatch):
     assert prompt.rstrip().endswith("Image contents: Dog, Grass\nQuestion: What is 0?\n"
                                     "Person's answer: A dog.\nAnswer to judge: answer 0")
 
-    assert evaluate.main(command) == 0 and len(endpoint.requests) == 5  # nothing is paid for twice
+    assert shell(command) == 0 and len(endpoint.requests) == 5  # nothing is paid for twice
 
 
 @pytest.mark.parametrize("replies, message", [
@@ -528,37 +552,37 @@ def test_mmhal_with_a_judge(tmp_path, endpoint, monkeypatch):
 def test_mmhal_with_a_broken_judge_keeps_what_it_has(replies, message, tmp_path, endpoint, capsys):
     command = mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=judge-1"]
     endpoint.replies = [said("Rating: 5"), *replies]
-    assert evaluate.main(command) == 2
+    assert shell(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and "1 replies are kept" in error and "judge.jsonl" in error
     endpoint.replies = [said("Rating: 3"), said("Rating: 4")]
-    assert evaluate.main(command) == 0 and results(tmp_path)["mmhal"]["score"] == 4
+    assert shell(command) == 0 and results(tmp_path)["mmhal"]["score"] == 4
     assert results(tmp_path)["mmhal"]["hallucination_rate"] == 0  # 3 is not informative, but without hallucination
 
 
 def test_mmhal_with_a_judge_that_never_replies(tmp_path, endpoint, capsys, monkeypatch):
     def timeout(*args, **kwargs):
-        raise evaluate.requests.Timeout
-    monkeypatch.setattr(evaluate.requests, "post", timeout)
-    assert evaluate.main(mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=m"]) == 2
+        raise judge.requests.Timeout
+    monkeypatch.setattr(judge.requests, "post", timeout)
+    assert shell(mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=m"]) == 2
     assert "no reply within 60 s" in capsys.readouterr().err and endpoint.pauses == [1, 2, 4, 8]
     monkeypatch.undo()
-    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
-    assert evaluate.main(mmhal(tmp_path) + ["--judge_url=http://127.0.0.1:1", "--judge_model=m"]) == 2
+    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    assert shell(mmhal(tmp_path) + ["--judge_url=http://127.0.0.1:1", "--judge_model=m"]) == 2
     assert "ConnectionError" in capsys.readouterr().err
-    assert evaluate.main(mmhal(tmp_path) + ["--judge_url=nonsense", "--judge_model=m"]) == 2
+    assert shell(mmhal(tmp_path) + ["--judge_url=nonsense", "--judge_model=m"]) == 2
     assert "MissingSchema" in capsys.readouterr().err
 
 
 def test_mmhal_without_a_judge_says_how_to_go_on(tmp_path, capsys):
     command = mmhal(tmp_path)
-    assert evaluate.main(command) == 0
+    assert shell(command) == 0
     assert "3 answers wait to be judged" in capsys.readouterr().out and "score" not in results(tmp_path)["mmhal"]
     waiting = lines(tmp_path / "out/mmhal/judge.jsonl")
     assert [each["reply"] for each in waiting] == [None] * 3
     filled = [each | {"model": "by hand", "reply": f"Rating: {i}"} for i, each in enumerate(waiting)]
     put(tmp_path / "out/mmhal/judge.jsonl", filled)
-    assert evaluate.main(command) == 0
+    assert shell(command) == 0
     entry = results(tmp_path)["mmhal"]
     assert entry["score"] == 1 and entry["protocol"]["judge"] == "by hand"
 
@@ -580,7 +604,7 @@ def test_objhal_with_extraction(tmp_path, endpoint, capsys):
                f"--judge_url={endpoint.url}", "--judge_model=m"]
     # One reply for three answers: the other two have at most three words.
     endpoint.replies = [said('Here: ["dog", "dogs", "hot dog", "office chair", "wooden bench"]')]
-    assert evaluate.main(command) == 0
+    assert shell(command) == 0
     entry = results(tmp_path)["objhal"]
     assert entry["chair_i_extracted"] == pytest.approx(100 / 3) and entry["chair_s_extracted"] == 100
     assert "chair_i" not in entry  # another way of counting, another name
@@ -589,7 +613,7 @@ def test_objhal_with_extraction(tmp_path, endpoint, capsys):
 
     (tmp_path / "out/objhal/extracted.jsonl").unlink()
     endpoint.replies = [said("no list at all")]
-    assert evaluate.main(command) == 2
+    assert shell(command) == 2
     assert "image_id 42 should be a JSON list" in capsys.readouterr().err
 
 
@@ -599,7 +623,7 @@ def test_objhal_with_extraction(tmp_path, endpoint, capsys):
 
 def one_line(capsys, *needles):
     error = capsys.readouterr().err
-    assert error.startswith("evaluate.py: ") and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
     for needle in needles:
         assert needle in error, error
 
@@ -608,19 +632,20 @@ def test_an_interrupted_run_continues(tmp_path, scripted, capsys):
     answers, expected = gqa(tmp_path)
     script = {asked: row["text"] for asked, row in answers}
     broken = dict(list(script.items())[:3])
-    with pytest.raises(KeyError):  # stands for a crash in the second or third batch
+    with pytest.raises(KeyError):  # like a crash in the second or third batch
         scripted(broken, *flags("gqa", tmp_path))
     done = lines(tmp_path / "out/gqa/answers.partial.0.jsonl")
     assert 0 < len(done) < 5
     with open(tmp_path / "out/gqa/answers.partial.0.jsonl", "a") as file:
         file.write('{"job": "torn')
-    os.rename(tmp_path / "out/gqa/answers.partial.0.jsonl", tmp_path / "out/gqa/answers.partial.3.jsonl")  # of another rank
+    # as if another rank had written it
+    os.rename(tmp_path / "out/gqa/answers.partial.0.jsonl", tmp_path / "out/gqa/answers.partial.3.jsonl")
     code, model = scripted(script, *flags("gqa", tmp_path))
     assert code == 0 and len(model.asked) == 5 - len(done)
     assert f"{len(done)} of them answered earlier" in capsys.readouterr().out
     assert results(tmp_path)["gqa"]["accuracy"] == expected["accuracy"]
 
-    code, model = scripted({}, *flags("gqa", tmp_path))  # finished: nothing is asked again
+    code, model = scripted({}, *flags("gqa", tmp_path))  # finished: nothing is generated again
     assert code == 0 and model.asked == [] and "already answered" in capsys.readouterr().out
 
 
@@ -650,7 +675,7 @@ def test_answers_of_other_weights_questions_or_settings_are_not_reused(tmp_path,
 def test_missing_answers_refuse_the_headline(tmp_path, capsys):
     answers, _ = pope(tmp_path)
     put(tmp_path / "mine.jsonl", [row for _, row in answers[:4]])
-    assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags("pope", tmp_path)]) == 2
+    assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags("pope", tmp_path)]) == 2
     one_line(capsys, "mine.jsonl: 2 of 6 questions have no answer (first: question_id 20000002)")
     entry = results(tmp_path)["pope"]
     assert entry["missing"] == 2 and entry["rows"] == 6 and "f1" not in entry
@@ -665,13 +690,14 @@ MISTAKES = {  # name -> (benchmark, file, change, what the line has to say)
                        "llava_pope_test.jsonl line 1: malformed"),
     "malformed json": ("scienceqa", "scienceqa/problems.json", lambda t: t[:-1],
                        "problems.json line 1: malformed JSON"),
-    "wrong kind": ("scienceqa", "scienceqa/problems.json", lambda t: "[]", "should hold a JSON dict, found a list"),
+    "wrong kind": ("scienceqa", "scienceqa/problems.json", lambda t: "[]",
+                   "problems.json: found [], expected a JSON object"),
     "column missing": ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", lambda t: t.replace('"image"', '"imag"', 1),
-                       'line 1: "image" should be there'),
+                       'line 1: the key "image" is missing'),
     "row is no object": ("pope", "pope/llava_pope_test.jsonl", lambda t: t + "7\n",
-                         'line 7: "question_id" should be there'),
+                         'line 7: found 7, expected a JSON object with "question_id"'),
     "duplicate question": ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", lambda t: t + t.splitlines()[0] + "\n",
-                           "line 6: question_id '201' stands"),
+                           "line 6: question_id '201' is already used in"),
     "empty": ("pope", "pope/llava_pope_test.jsonl", lambda t: "", "question file of pope is empty"),
     "gqa release": ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", lambda t: t.replace("201", "999", 1),
                     "question_id '999' is not in"),
@@ -731,7 +757,7 @@ def test_mistakes_in_benchmark_files(mistake, tmp_path, capsys):
         before = (tmp_path / file).read_text()
         assert change(before) != before
         (tmp_path / file).write_text(change(before))
-    assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 2
+    assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags(name, tmp_path)]) == 2
     one_line(capsys, needle)
 
 
@@ -739,13 +765,13 @@ def test_mistakes_in_benchmark_files(mistake, tmp_path, capsys):
     (lambda rows: rows + [rows[0]], "mine.jsonl line 7: question 10000001 has its answer in"),
     (lambda rows: rows + [rows[0] | {"question_id": 5}], "line 7: question 5 is none of the 6 of pope"),
     (lambda rows: rows[:1] + [rows[1] | {"text": None}] + rows[2:],
-     'line 2: "text" should be there as str, found null'),
-    (lambda rows: rows[:1] + [{"text": "yes"}] + rows[2:], 'line 2: "question_id" should be there as str or int'),
+     'line 2: "text": found null, expected str'),
+    (lambda rows: rows[:1] + [{"text": "yes"}] + rows[2:], 'line 2: the key "question_id" is missing'),
 ])
 def test_mistakes_in_answer_files(change, needle, tmp_path, capsys):
     answers, _ = pope(tmp_path)
     put(tmp_path / "mine.jsonl", change([row for _, row in answers]))
-    assert evaluate.main([f"--answers={tmp_path / 'mine.jsonl'}", *flags("pope", tmp_path)]) == 2
+    assert shell([f"--answers={tmp_path / 'mine.jsonl'}", *flags("pope", tmp_path)]) == 2
     one_line(capsys, needle)
 
 
@@ -769,31 +795,37 @@ def test_a_base64_text_that_is_no_image(tmp_path, scripted, capsys):
     ([], "--benchmark"), (["--benchmark=pop", "--data=x", "--out_dir=o", "--model=m"], "did you mean pope?"),
     (["--benchmark=pope", "--data=x", "--out_dir=o"], "either --model=DIR"),
     (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--answers=a"], "either --model=DIR"),
-    (["--benchmark=pope,gqa", "--data=x", "--out_dir=o", "--answers=a"], "--answers is of one benchmark"),
+    (["--benchmark=pope,gqa", "--data=x", "--out_dir=o", "--answers=a"], "--answers belongs to one benchmark"),
     (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--batchsize=3"],
-     "--batchsize=3: no such flag, did you mean --batch_size?"),
+     "--batchsize: unknown key 'batchsize'; did you mean batch_size?"),
     (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--crop=yes"],
-     "--crop: found 'yes', expected True or False"),
+     "--crop: found str 'yes', expected bool (True or False)"),
     (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--batch_size=0"],
-     "expected a whole number from 1"),
+     "batch_size is 0, expected a positive number"),
     (["--benchmark=mmhal", "--data=x", "--out_dir=o", "--model=m", "--judge_url=u"], "go together"),
     (["--benchmark=objhal", "--data=x", "--out_dir=o", "--model=m", "--objhal_extract=True"], "needs the chat model"),
-    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--dtype=int8"], "--dtype"),
+    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--dtype=int8"],
+     "dtype is 'int8', expected one of float32, bfloat16, float16"),
+    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--vizwiz_split=train"],
+     "vizwiz_split is 'train', expected one of val, test"),
+    (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--max_new_tokens=-1"], "max_new_tokens is -1"),
+    (["--benchmark=pope", "--out_dir=o", "--model=m"], "--data is missing"),
+    (["--benchmark=pope", "--data=x", "--model=m"], "--out_dir is missing"),
     (["--benchmark=pope", "--data=nowhere", "--out_dir=o", "--model=m"], "llava_pope_test.jsonl: cannot be read"),
 ])
 def test_mistakes_on_the_command_line(argv, needle, capsys):
-    assert evaluate.main(argv) == 2
+    assert shell(argv) == 2
     one_line(capsys, needle)
 
 
 def test_a_judge_key_that_is_not_set(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    assert evaluate.main(mmhal(tmp_path) + ["--judge_url=http://x", "--judge_model=m",
+    assert shell(mmhal(tmp_path) + ["--judge_url=http://x", "--judge_model=m",
                                             "--judge_key_env=NO_SUCH_KEY"]) == 2
     one_line(capsys, "NO_SUCH_KEY is not set")
 
 
 def test_a_checkpoint_folder_without_weights(tmp_path, capsys):
     gqa(tmp_path)
-    assert evaluate.main([f"--model={tmp_path}", *flags("gqa", tmp_path)]) == 2
+    assert shell([f"--model={tmp_path}", *flags("gqa", tmp_path)]) == 2
     one_line(capsys, "holds no *.safetensors")

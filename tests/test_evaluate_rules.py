@@ -7,9 +7,12 @@ from collections import Counter
 
 import pytest
 
+from benchmarks import amber, mmbench, mme, mmhal, pope, scienceqa, textvqa
+from benchmarks.common import without_suffix
+from benchmarks.objects import SYNONYMS, CocoWords, lemma
+from benchmarks.paper import markdown, our_row
+from benchmarks.text import CONTRACTIONS, normalize, soft_accuracy
 from configurator import UserError
-from evaluate import (AMBER, CONTRACTIONS, CocoWords, MMBench, MME, MMHal, POPE, SYNONYMS, ScienceQA,
-                      TextVQA, lemma, markdown, normalise, our_row, question_of, soft_accuracy)
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -23,7 +26,7 @@ from evaluate import (AMBER, CONTRACTIONS, CocoWords, MMBench, MME, MMHal, POPE,
     ("q & a", "q &"),                        # & is no punctuation here, a is an article
     ("", ""), ("the", ""), ("The a an", ""),
     ("top-left", "top left"),                # inside words: a space
-    ("top-left - two", "topleft 2"),         # beside a space anywhere: deleted everywhere
+    ("top-left - two", "topleft 2"),         # next to a space anywhere: deleted everywhere
     ("yes/no", "yes no"), ("(red)", "red"), ("a\tb\nc", "b c"),
     ("None", "0"), ("zero", "0"), ("Ten", "10"), ("eleven", "eleven"),
     ("dont", "don't"), ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
@@ -33,12 +36,12 @@ from evaluate import (AMBER, CONTRACTIONS, CocoWords, MMBench, MME, MMHal, POPE,
     ("where?", "where"), ("hey!", "hey"), ("wow ! yes!no", "wow yesno"),
     ("é—ü", "é—ü"),
 ])
-def test_vqa_normaliser(text, expected):
-    assert normalise(text) == expected
+def test_vqa_normalizer(text, expected):
+    assert normalize(text) == expected
 
 
-def test_normaliser_deletes_at_most_32_full_stops():
-    assert normalise("." * 40) == "." * 8
+def test_normalizer_deletes_at_most_32_full_stops():
+    assert normalize("." * 40) == "." * 8
 
 
 def test_contractions_are_the_official_120():
@@ -72,7 +75,7 @@ def test_soft_accuracy_leaves_out_by_position():
     ("E", "E"),
 ])
 def test_scienceqa_letters(text, expected):
-    assert ScienceQA.parse(text) == expected
+    assert scienceqa.parse(text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -82,7 +85,7 @@ def test_scienceqa_letters(text, expected):
     ("  yes", "other"), ("a no", "no"),
 ])
 def test_mme_reads_four_characters(text, expected):
-    assert MME.parse(text) == expected
+    assert mme.parse(text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -93,15 +96,15 @@ def test_mme_reads_four_characters(text, expected):
     ("There is no kite", "no"),
 ])
 def test_pope_yes_and_no(text, expected):
-    assert POPE.parse(text) == expected
+    assert pope.parse(text) == expected
 
 
 def test_pope_rates_by_hand():
     pairs = [("yes", "yes")] * 3 + [("yes", "no")] + [("no", "yes")] * 2 + [("no", "no")] * 4
-    rates = POPE.rates(pairs)
+    rates = pope.rates(pairs)
     expected = {"precision": 75, "recall": 60, "f1": 200 / 3, "accuracy": 70, "yes_ratio": 40, "gold_yes_ratio": 50}
     assert {rate: rates[rate] for rate in expected} == pytest.approx(expected)
-    nothing = POPE.rates([("no", "yes"), ("no", "no")])  # the official code divides by zero here
+    nothing = pope.rates([("no", "yes"), ("no", "no")])  # the official code divides by zero here
     assert nothing["f1"] == nothing["precision"] == nothing["recall"] == 0
 
 
@@ -121,14 +124,15 @@ FOUR = {"A": "red", "B": "blue", "C": "green", "D": "dark green"}
     ("E", FOUR, None), ("B B", FOUR, "B"),
 ])
 def test_mmbench_letters(text, options, expected):
-    assert MMBench.parse(MMBench, text, options) == expected
+    assert mmbench.parse(text, options) == expected
 
 
 @pytest.mark.parametrize("cell, expected", [
-    ("", True), (None, True), ("None", True), ("NONE", True), ("nan", True), ("NA", True), ("N/A", True), ("null", True),
+    ("", True), (None, True), ("None", True), ("NONE", True), ("nan", True), ("NA", True), ("N/A", True),
+    ("null", True),
     ("NULL", True), ("Null", False), ("Na", False), ("0", False), ("None of them", False)])
 def test_mmbench_empty_cells(cell, expected):
-    assert MMBench.is_empty(MMBench, cell) == expected
+    assert mmbench.is_empty(cell) == expected
 
 
 @pytest.mark.parametrize("prompt", [
@@ -137,13 +141,13 @@ def test_mmbench_empty_cells(cell, expected):
     "What is the Bus number?\nReference OCR token: \nShort.", "What is the Bus number?\nShort.",
     "OCR tokens: 42, A. Question: What is the Bus number? Short answer:"])
 def test_textvqa_finds_the_question_in_the_prompt(prompt):
-    assert TextVQA.question_in(prompt, "") == "what is the bus number?"
+    assert textvqa.question_in(prompt, "") == "what is the bus number?"
 
 
 @pytest.mark.parametrize("prompt", ["What?", "a\nb\nc", "a\nb\nReference OCR token: c", "a\nb\nc\nd"])
 def test_textvqa_prompt_of_another_form(prompt):
     with pytest.raises(UserError, match="here: cannot tell the question"):
-        TextVQA.question_in(prompt, "here")
+        textvqa.question_in(prompt, "here")
 
 
 @pytest.mark.parametrize("reply, expected", [
@@ -151,17 +155,18 @@ def test_textvqa_prompt_of_another_form(prompt):
     ("**Rating**: 4", None),
     ("Rating: 10", 1), ("Rating: 2 or Rating: 3", None), ("", None), ("Rating: 7", None)])
 def test_mmhal_ratings(reply, expected):
-    assert MMHal.parse(reply) == expected
+    assert mmhal.parse(reply) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Words and COCO objects
 
-COCO = CocoWords(SYNONYMS)
+TABLE = SYNONYMS.read_text()
+COCO = CocoWords(TABLE)
 
 
 def test_the_built_in_table():
-    lines = SYNONYMS.strip().splitlines()
+    lines = TABLE.strip().splitlines()
     assert len(lines) == 80 and len({line.split(",")[0] for line in lines}) == 80
     words = [word.strip() for line in lines for word in line.split(",")]
     assert len(words) == len(set(words))  # a word with two categories would silently take the last
@@ -221,8 +226,8 @@ def test_lemma_takes_the_shortest_known_singular():
 # AMBER, on the parts of the class that need no files
 
 
-def amber():
-    self = AMBER.__new__(AMBER)
+def boats():
+    self = amber.AMBER.__new__(amber.AMBER)
     self.associated = {"boat": ["ship", "canoe"], "ship": ["vessel"], "dog": ["puppy"], "sky": [], "cat": []}
     self.vocabulary = set(self.associated).union(*self.associated.values())
     self.safe = {"sky"}
@@ -234,29 +239,29 @@ def amber():
     ("vessel", ["boat", "ship"], 1), ("boat", ["boat", "ship"], 0), ("dog", ["boat"], None),
     ("boat", ["boat", "boat"], 0)])
 def test_amber_finds_what_a_noun_stands_for(noun, objects, expected):
-    assert amber().find(noun, objects) == expected
+    assert amber.find(noun, objects, boats().associated) == expected
 
 
 def test_amber_description_by_hand():
     total = Counter()
     gold = {"truth": ["boat", "ship"], "hallu": ["dog"]}
     text = "Ships and a canoe under the sky; puppies, a cat, a cat and a zebra."
-    nouns, _, score = amber().score_description(gold, text, total)
+    nouns, _, score = boats().score_description(gold, text, total)
     assert nouns == ["ship", "canoe", "sky", "puppy", "cat", "cat"] and score == 0  # the zebra is in no list
     assert total == Counter(nouns=6, hallucinated=3, covered=1, truth=2, remembered=1, hallu=1, clean=0,
                             descriptions=1)
 
 
 def test_amber_counters_start_at_a_thousandth():
-    assert AMBER.rate(0, 1) == 0.1 and AMBER.rate(1, 1) == 100.0 and AMBER.rate(0, 0) == 100.0
+    assert amber.rate(0, 1) == 0.1 and amber.rate(1, 1) == 100.0 and amber.rate(0, 0) == 100.0
     # Positive is no: 2 true no, 1 false no, 1 missed, 1 true yes, 1 "other".
     rows = [("no", "no", 1.0)] * 2 + [("no", "yes", 0.0), ("yes", "no", 0.0), ("yes", "yes", 1.0),
                                       ("other", "yes", 0.0)]
-    result = amber().score_choices(rows, nudge=0.0001)
+    result = amber.score_choices(rows, nudge=0.0001)
     assert (result["accuracy"], result["precision"], result["recall"]) == (50.0, 66.7, 66.7)
     assert result["f1"] == round(2 * 0.667 * 0.667 / (0.667 + 0.667 + 0.0001) * 100, 1) == 66.7
     rows = [("no", "no", 1.0)] * 3 + [("yes", "no", 0.0)] * 6  # existence divides by a little more, which can show
-    assert [amber().score_choices(rows, nudge)["f1"] for nudge in (0.0001, 0.001)] == [50.0, 49.9]
+    assert [amber.score_choices(rows, nudge)["f1"] for nudge in (0.0001, 0.001)] == [50.0, 49.9]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,5 +281,5 @@ def test_average_is_the_mean_of_seven_columns():
 
 
 def test_question_without_suffix():
-    assert question_of("Is it?\nAnswer the question using a single word or phrase.") == "Is it?"
-    assert question_of("Is it?") == "Is it?"
+    assert without_suffix("Is it?\nAnswer the question using a single word or phrase.") == "Is it?"
+    assert without_suffix("Is it?") == "Is it?"

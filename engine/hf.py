@@ -140,7 +140,7 @@ LLAVA_CONFIG = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
-RANGES = {"n_layer": (1, 1000), "num_experts": (1, 1000), "norm_eps": (0, 1)}   # of the other numbers: 1 to 10**8
+RANGES = {"n_layer": (1, 1000), "num_experts": (1, 1000), "norm_eps": (0, 10**8)}   # the others: 1 to 10**8
 
 
 def read_fields(path: Path, config: dict, table: dict, kind: type | None = None) -> dict:
@@ -150,18 +150,19 @@ def read_fields(path: Path, config: dict, table: dict, kind: type | None = None)
         if isinstance(row, tuple):
             field, default = row
             field_type = kind.__dataclass_fields__[field].type
-            values[field] = read_value(path, config, key, field_type, default, *RANGES.get(field, (1, 10**8)))
+            values[field] = read_value(path, config, key, field_type, default, *RANGES.get(field, ()))
         else:
             require(path, key, config.get(key, row), row)
     return values
 
 
 def write_fields(config: object, table: dict) -> dict:
-    """The reverse."""
+    """The reverse: our values and the fixed ones by the published keys."""
     return {key: getattr(config, row[0]) if isinstance(row, tuple) else row for key, row in table.items()}
 
 
-def read_value(path: Path, config: dict, key: str, kind: type, default: object, least: int, most: int) -> object:
+def read_value(path: Path, config: dict, key: str, kind: type, default: object, least: int = 1,
+               most: int = 10**8) -> int | float | bool:
     """A number in its range, or a bool."""
     value = default if config.get(key) is None else config[key]
     if kind is bool and type(value) is not bool:
@@ -197,7 +198,7 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
 def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     kind = config.get("model_type")
     if kind not in ("qwen2", "qwen2_moe"):
-        raise expected(f"{path}: model_type of the language model", kind, "qwen2 or qwen2_moe")
+        raise expected(f"{path}: model_type of the language model", kind, '"qwen2" or "qwen2_moe"')
     require(path, "qkv_bias", config.get("qkv_bias", True), True)
     rope = read_object(path, config, "rope_parameters") or read_object(path, config, "rope_scaling")
     require(path, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
@@ -219,7 +220,7 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
             setattr(decoder, field, value)
         if decoder.top_k > decoder.num_experts:
             raise expected(f"{path}: num_experts_per_tok", decoder.top_k, f"at most num_experts, {decoder.num_experts}")
-        step = read_value(path, config, "decoder_sparse_step", int, default=1, least=0, most=1000)
+        step = read_value(path, config, "decoder_sparse_step", int, default=1, least=0)
         dense = config.get("mlp_only_layers") or []
         if not isinstance(dense, list):
             raise expected(f"{path}: mlp_only_layers", dense, "a list of layer numbers")
@@ -245,12 +246,12 @@ def read_llava_config(path: Path) -> LlavaConfig:
         if not isinstance(config.get(part), dict):
             raise expected(f"{path}: {part}", config.get(part), "an object")
     read_fields(path, config, LLAVA_CONFIG)
-    kind = "clip_vision_model"
-    require(path, "model_type of the vision tower", config["vision_config"].get("model_type", kind), kind)
+    clip = "clip_vision_model"
+    require(path, "model_type of the vision tower", config["vision_config"].get("model_type", clip), clip)
 
     vision = read_vision_config(path, config["vision_config"])
-    first = -vision.n_layer - 1
-    vision.feature_layer = read_value(path, config, "vision_feature_layer", int, default=-2, least=first, most=-1)
+    embedding_layer = -vision.n_layer - 1                            # hidden state 0, before the first block
+    vision.feature_layer = read_value(path, config, "vision_feature_layer", int, -2, least=embedding_layer, most=-1)
     decoder = read_decoder_config(path, config["text_config"])
     image_key = "image_token_index" if "image_token_index" in config else "image_token_id"
     image_token_id = read_token_id(path, config, image_key, decoder.vocab_size)
@@ -267,8 +268,7 @@ def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
     """The JSON files of a LLaVA folder, by name."""
     config, vision, decoder = llava.config, llava.config.vision, llava.config.decoder
     ends = {"pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
-    vision_config = {"model_type": "clip_vision_model", **write_fields(vision, VISION_CONFIG),
-                     "projection_dim": 768}
+    vision_config = {"model_type": "clip_vision_model", **write_fields(vision, VISION_CONFIG), "projection_dim": 768}
     text_config = {
         "model_type": "qwen2_moe" if decoder.num_experts else "qwen2",
         **write_fields(decoder, DECODER_CONFIG),
@@ -397,7 +397,9 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, object]]:
     """Every tensor of a folder -> its file, path and opened. A single file, or shards with an index."""
     for path in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if path.is_file():
-            weight_map = read_object(path, read_json(path), "weight_map")
+            weight_map = read_json(path).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise expected(f"{path}: weight_map", weight_map, "an object")
             for key, name in weight_map.items():
                 if not isinstance(name, str) or not name or Path(name).name != name:
                     raise expected(f"{path}: {key}", name, "the name of a file in the same folder")

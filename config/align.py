@@ -1,4 +1,4 @@
-# Stage 1, the paper's "Initialization": a fresh adaptor learns to put images into the words of Qwen1.5-1.8B (eq. 5).
+# Stage 1, the paper's "Initialization": a fresh adaptor is trained to map image features into Qwen1.5-1.8B (eq. 5).
 #
 #   torchrun --nproc_per_node=16 train.py config/align.py
 #
@@ -7,7 +7,7 @@
 #   batch          main text 512, Table 11 256, script 8 x 2 x GPUs = 256 at 16 GPUs   -> Table 11
 #   learning rate  paper 1e-4, script 1e-3 (as LLaVA)                                  -> paper
 #   AdamW          Table 11 betas (0.9, 0.98), eps 1e-6; scripts: torch's defaults     -> Table 11
-#   image          script resizes and crops the centre, all later stages pad           -> pad, everywhere
+#   image          script resizes and crops the center, all later stages pad           -> pad, everywhere
 #   template       LLaVA uses a bare caption here, the script the conversation         -> the conversation
 stage = "align"
 vision = "weights/openai/clip-vit-large-patch14-336"

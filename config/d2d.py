@@ -6,7 +6,7 @@
 # Where the sources disagree:
 #   batch     main text 256, Table 11 128, script 1 x 8 x GPUs = 128 at 16 GPUs        -> Table 11
 #   loss      eq. 6 prints minus the forward KL; text and code mean plus               -> KL(teacher || student)
-#   mask      the code distils one position late                                       -> the shifted, right one
+#   mask      the code distills one position late                                      -> the shifted, right one
 #   AdamW     Table 11 betas (0.9, 0.98), eps 1e-6; scripts: torch's defaults          -> Table 11
 #   rows      paper 2.4M; the files that the official guide names add up to about 2.7M -> those, the paper's number of steps
 stage = "d2d"

@@ -7,8 +7,8 @@
 # Where the sources disagree:
 #   batch     main text 256, Table 11 128, script 1 x 8 x GPUs = 128 at 16 GPUs        -> Table 11
 #   sparse    the paper does not say which layers; the script says every second        -> "even", which gives its 2.2B
-#   weights   eq. 4 keeps the raw router weights, the code renormalises the top two    -> the code (norm_topk)
-#   learns    paper: experts, routers, adaptor; code also the FFNs of the dense layers -> the paper (train_dense_ffn)
+#   weights   eq. 4 keeps the raw router weights, the code renormalizes the top two    -> the code (norm_topk)
+#   trained   paper: experts, routers, adaptor; code also the FFNs of the dense layers -> the paper (train_dense_ffn)
 #   balance   the paper names none; the code adds 0.01 times it, here twice            -> once, 0.01
 #   rows      paper 1.4M, the files that the official guide names hold about 3.7M      -> those, the paper's number of steps
 #   loss      the official guide prints the dense-to-dense settings here, the script KL + cross-entropy -> the script, eq. 7

@@ -1,9 +1,9 @@
-# The baseline of Table 6: the same student and data as d2d.py, taught by cross-entropy on the data's own answers.
+# The baseline of Table 6: the same student and data as d2d.py, trained with cross-entropy on the data's own answers.
 #
 #   torchrun --nproc_per_node=16 train.py config/sft.py
 #   torchrun --nproc_per_node=16 train.py config/d2s.py --student=out/2b/sft --teacher= --kd_weight=0.0 --out_dir=out/2b/sft_sparse
 #
-# The second line makes it sparse on the data of d2s.py, again without the teacher's help, so that both students have seen
+# The second line makes it sparse on the data of d2s.py, again without a teacher, so that both students have seen
 # the same rows. (The official script for this baseline passes the module names of another Qwen and may have trained the
 # routers only; Table 6 could be affected.) Hardware: 16 A100s of 80 GB.
 stage = "sft"

@@ -3,9 +3,9 @@
 #   torchrun --nproc_per_node=16 train.py config/teacher_sft.py
 #
 # Reproduces: the row "teacher, Qwen-1.5-7B" of the paper's Table 1 (average 62.1).
-# Hardware: 16 A100s. Weights, gradients and Adam's averages of 7.7B parameters take 16 bytes each, 124 GB: too much for one
-# GPU, so each of the 16 keeps a sixteenth (parallel = "fsdp"). Any other LLaVA folder with Qwen1.5-7B, CLIP-L/14-336 and
-# "template": "vicuna" in its config.json can stand in out/teacher/sft as well.
+# Hardware: 16 A100s. Weights, gradients and Adam's moments of 7.7B parameters take 16 bytes each, 124 GB: too much for one
+# GPU, so they are sharded over the 16 (parallel = "fsdp"). Instead of this run's result, out/teacher/sft may hold any other
+# LLaVA folder with Qwen1.5-7B, CLIP-L/14-336 and "template": "vicuna" in its config.json.
 stage = "sft"
 student = "out/teacher/align"
 data = "data/teacher/llava_v1_5_mix665k.json"

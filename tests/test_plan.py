@@ -1,9 +1,10 @@
 """
-plan.py's formulas against what really happens: every product that torch's counter sees, every byte that a step of
+tools/plan.py's formulas against what really happens: every product that torch's counter sees, every byte that a step of
 train.py holds on to. Models are small, yet wide enough that what a formula leaves out does not dominate.
 
     python -m pytest tests/test_plan.py
 """
+import shutil
 import subprocess
 import sys
 import weakref
@@ -33,7 +34,7 @@ TEXT = dict(vocab_size=2048, n_embd=256, n_layer=3, n_head=4, n_kv_head=4, n_ffn
 
 
 def make(stage, items=2, tokens=300, response=60, text={}, **settings):
-    """A run's config, student, teacher, one micro-batch as `collate` gives it, and the same as plan.py sees it."""
+    """A run's config, student, teacher, one micro-batch as `collate` gives it, and the same as tools/plan.py sees it."""
     torch.manual_seed(0)
     config = Config(train.DEFAULTS, stage=stage, teacher="one" if stage in train.WITH_TEACHER else "", **settings)
     text, dtype = TEXT | text, getattr(torch, config.dtype)
@@ -311,10 +312,10 @@ def two_ranks():
         Adam = [distributed.local(state[key]) for state in distributed.local_optimizer(optimizer).state.values()
                 for key in ("exp_avg", "exp_avg_sq")]
         # Pieces are not all of one size: where the rows of a matrix do not divide, rank 0 has one more.
-        assert max(ranks.everybody(plan.size_of(Adam))) == pytest.approx(items["Adam's averages, fp32"], rel=0.01)
+        assert max(ranks.all_gather(plan.size_of(Adam))) == pytest.approx(items["Adam's moments, fp32"], rel=0.01)
         assert plan.size_of(grads) == pytest.approx(items["gradients, fp32"], rel=0.01)
         assert plan.size_of(weights.values()) == pytest.approx(
-            items["weights that learn, fp32"] + items["frozen weights"] + items["teacher"], rel=0.01)
+            items["trainable weights, fp32"] + items["frozen weights"] + items["teacher"], rel=0.01)
         assert live.peak == pytest.approx(passing(items), rel=0.1), (stage, how)
     if ranks.rank == 0:
         print("all as planned")
@@ -326,11 +327,11 @@ def two_ranks():
 
 def test_the_2b_students_dense_distillation_worked_by_hand():
     """
-    config/d2d.py on 16 GPUs: Qwen1.5-1.8B learns from Qwen1.5-7B, 2 rows a pass, 2,048 positions each.
+    config/d2d.py on 16 GPUs: Qwen1.5-1.8B is distilled from Qwen1.5-7B, 2 rows per micro-batch, 2,048 positions each.
 
     parameters    a block has q, k, v of 2048^2 + 2048, o of 2048^2, an FFN of 3 x 2048 x 5504 and norms of 2 x 2048:
                   50,604,032; 24 of them, embedding and head of 151,936 x 2048, a norm of 2048: 1,836,828,672.
-                  The adaptor has 1024 x 2048 + 2048 + 2048^2 + 2048 = 6,295,552. All these learn: 1,843,124,224.
+                  The adaptor has 1024 x 2048 + 2048 + 2048^2 + 2048 = 6,295,552. All these are trainable: 1,843,124,224.
     weights       4 bytes each: 7.372 GB, and 7.372 GB of gradients.
     Adam          8 bytes each and a sixteenth would be 0.92 GB, but the ranks with the embedding and the head have
                   8 x 151,936 x 2048 = 2.489 GB and nothing else.
@@ -347,7 +348,7 @@ def test_the_2b_students_dense_distillation_worked_by_hand():
     config = load_config(train.DEFAULTS, [recipe, "--student=Qwen/Qwen1.5-1.8B", "--teacher=Qwen/Qwen1.5-7B"])
     student, teacher = plan.build(config)
     items = plan.memory(student, teacher, config, 16, plan.longest_rows(config))
-    expected = {"weights that learn, fp32": 7.372, "gradients, fp32": 7.372, "Adam's averages, fp32": 2.489,
+    expected = {"trainable weights, fp32": 7.372, "gradients, fp32": 7.372, "Adam's moments, fp32": 2.489,
                 "frozen weights": 0.607, "teacher": 15.485, "activations": 8.395 + 0.012}
     assert {name: items[name] / 1e9 for name in expected} == pytest.approx(expected, abs=1e-3)
     passes = plan.flops(student, teacher, config, plan.average_step(student, config))
@@ -390,6 +391,32 @@ def test_the_table_has_every_stage_of_every_student():
         hours = [float(row[6]) for row in cells[start:start + 5]]
         assert [row[1] for row in cells[start:start + 5]] == ["align", "d2d", "d2s", "pd", "all"]
         assert sum(hours[:4]) == pytest.approx(hours[4], abs=2)
+
+
+def test_the_command_takes_train_py_s_command_line(world, tmp_path, monkeypatch, capsys):
+    """Without weights in the student's folder: the rows are measured, the models described."""
+    shutil.copytree(world / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("*.safetensors"))
+    command = ["--stage=d2s", f"--student={tmp_path}/dense", f"--teacher={world}/teacher", f"--data={world}/rows.json",
+               f"--image_dir={world}/images", f"--out_dir={tmp_path}/out", "--max_length=64", "--batch_size=8",
+               "--micro_batch_size=4", "--epochs=3", "--device=cpu", "--dry_run"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan.main(command)
+    said = capsys.readouterr().out
+    assert "stage d2s on 2 GPUs, 8 rows a step" in said and "12 steps of" in said            # 3 x 32 rows / 8
+    assert "rows.json" in said and "32 rows" in said and not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "1")                                  # under torchrun, rank 0 alone reports
+    plan.main(command)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="unknown key 'lerning_rate'"):
+        plan.main([*command, "--lerning_rate=1"])
+    with pytest.raises(UserError, match="data is empty"):
+        plan.main(["--stage=align", "--out_dir=x"])
+
+
+def test_without_a_config_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "table", lambda: "| model |")
+    plan.main([])
+    assert capsys.readouterr().out == "| model |\n"
 
 
 if __name__ == "__main__":

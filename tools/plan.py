@@ -1,32 +1,35 @@
 """
-What a run will take, worked out before it starts: memory per GPU, arithmetic, hours. Without weights and without a GPU.
+What a run will take, computed before it starts: memory per GPU, FLOPs, hours. Needs neither weights nor a GPU.
 
-    python train.py config/d2s.py --dry_run=True --student=Qwen/Qwen1.5-1.8B --teacher=Qwen/Qwen1.5-7B
-    python plan.py                        the README's table: every stage of the paper's four students, in Markdown
+    WORLD_SIZE=16 python -m tools.plan config/d2s.py --student=Qwen/Qwen1.5-1.8B --teacher=Qwen/Qwen1.5-7B
+    python -m tools.plan                  the table of docs/scale.md: every stage of the paper's four students
 
-Memory has two halves. What stands there all the time grows with the model:
+The first line is what `python train.py config/d2s.py --dry_run` prints, too.
 
-    a parameter that learns    4 bytes of weight + 4 of gradient + 8 of Adam's two averages, all fp32   = 16
-    a frozen parameter         2 bytes, bf16: a frozen 7B teacher takes no more than a 1B student that learns
+Memory has two parts. One is there all the time and grows with the model:
 
-(parallel.py says how ranks share the 16.) What comes and goes with each pass grows with its tokens: an operation keeps
-whatever its own derivative will ask for. A product with a matrix keeps its input if the matrix learns; SiLU and "times"
-keep theirs in any case; attention keeps q, k, v, its output and one number per row, never the T x T scores; a norm
-keeps its input, in fp32. Checkpointing keeps only what goes into each block, and computes the block again when the
-backward gets there: time for memory. The teacher keeps nothing, so its pass takes less than the student's.
+    a trainable parameter    4 bytes of weight + 4 of gradient + 8 of Adam's two moments, all fp32   = 16
+    a frozen parameter       2 bytes, bf16: a frozen 7B teacher takes no more than a trainable 1B student
 
-Arithmetic is nearly all products with matrices. A vector times a matrix of n numbers is n multiplications, n additions:
+(engine/distributed.py shards the 16 over the ranks.) The other comes and goes with each micro-batch and grows with
+its tokens: an operation keeps what its own derivative needs. A matrix product keeps its input if the matrix is
+trainable; SiLU and "times" keep theirs in any case; attention keeps q, k, v, its output and one number per row, never
+the T x T scores; a norm keeps its input, in fp32. Checkpointing keeps only the input of each block and computes the
+block again in the backward: time for memory. The teacher keeps nothing.
+
+Arithmetic is nearly all matrix products. A vector times a matrix of n numbers is n multiplications and n additions:
 
     2n FLOPs forward; 2n backward for the gradient of the vector; 2n backward for the gradient of the matrix
 
-The last only if the matrix learns, the middle one only if something before it does. In every stage the adaptor learns
-and stands before the decoder, so freezing the decoder saves a third of the arithmetic, not two. Attention adds T x T
-dot products per head, half of which causality spares. Norms, rotations and softmax are few FLOPs, yet take time; they
-are part of why a GPU reaches UTILISATION and not 1.
+The last only if the matrix is trainable, the middle one only if something before it is. In every stage the adaptor,
+which comes before the decoder, is trainable, so freezing the decoder saves a third of the arithmetic, not two.
+Attention adds T x T dot products per head, half of which causality saves. Norms, rotations and softmax are few FLOPs,
+yet take time; they are part of why a GPU reaches UTILIZATION and not 1.
 
-The models are built on torch's meta device: shapes and dtypes without numbers. What can be counted off them is counted,
-and the tests hold the rest against what a step really does. Letters as in model.py; GB are 10^9 bytes.
+The models are built on torch's meta device: shapes and dtypes without numbers. Letters as in model.py; GB are 10^9
+bytes.
 """
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -36,26 +39,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import Config, UserError, load_config
+import data
+from configurator import Config, UserError, load_config, run
 from engine.chunked import CHUNK, PER_PRODUCT
 from engine.hf import describe_llava, describe_parts, grow_vocabulary
 from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN
-from train import DEFAULTS, choose_trainable, make_sparse
+from tools.download import check_manifest
+from train import DEFAULTS, check_settings, choose_trainable, make_sparse, open_rows
 
 # Assumptions. A report prints them.
-PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, a second; fp32 by way of tf32
-UTILISATION = 0.4              # the share of it that a training step reaches
+PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, per second; fp32 through tf32
+UTILIZATION = 0.4              # the share of it that a training step reaches
 OVERHEAD = 1.5e9               # bytes: CUDA context, buffers of NCCL and cuBLAS
 CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to the gaps between tensors
 TOWER = "openai/clip-vit-large-patch14-336"
 
 
 class Stage(NamedTuple):
-    """The paper's data of a stage: how many rows, and our guess of what an average one holds beside its image."""
+    """The paper's data of a stage: the number of rows, and our guess of an average row without its image."""
     rows: int                  # in pd: pairs
     text: int                  # tokens, system prompt and question included; in pd with one of the two answers
-    response: int              # those of them that are learned from
+    response: int              # those of them that the loss is taken over
 
 
 STAGES = {
@@ -68,24 +73,24 @@ STAGES = {
 
 
 class Batch(NamedTuple):
-    """The rows of a pass or of a step, as far as their cost goes."""
+    """The size of a micro-batch or of a whole batch."""
     rows: int                  # sequences in the decoder; in pd two for each pair
     tokens: float              # T
-    learned: float             # tokens that the head is applied to, of all rows together
+    targets: float             # tokens that the head is applied to, of all rows together
     images: int                # through the ViT; in pd both rows of a pair show the same
 
     @classmethod
-    def of(cls, config: Config, items: int, tokens: float, learned: float) -> "Batch":
-        """`items` rows, in pd pairs, with one image each; `learned` tokens a row."""
+    def of(cls, config: Config, items: int, tokens: float, targets: float) -> "Batch":
+        """`items` rows, in pd pairs, with one image each; `targets` tokens per row."""
         rows = 2 * items if config.stage == "pd" else items
-        return cls(rows, tokens, rows * learned, items)
+        return cls(rows, tokens, rows * targets, items)
 
 
 # -----------------------------------------------------------------------------
 # The models, without weights
 
 def build(config: Config) -> tuple[Llava, Llava | None]:
-    """Student and teacher of a run on the meta device: in their dtypes, and what learns marked."""
+    """Student and teacher of a run on the meta device, in their dtypes, with requires_grad set."""
     dtype = getattr(torch, config.dtype)
     student = describe(config.student) if config.student else describe_new(config)
     if config.stage in ("d2s", "pd") and not student.config.decoder.num_experts:
@@ -102,12 +107,12 @@ def build(config: Config) -> tuple[Llava, Llava | None]:
 
 
 def describe(name: str) -> Llava:
-    """A LLaVA folder, its weights not read; else a published decoder, with CLIP-L/14-336 before it."""
+    """A LLaVA folder, its weights not read; else a published decoder, behind CLIP-L/14-336."""
     if is_folder(name):
         return describe_llava(Path(name))
     if published(name) not in DECODERS:
-        raise UserError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one "
-                              f"of {', '.join(DECODERS)}")
+        raise UserError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one of "
+                        f"{', '.join(DECODERS)}")
     text = replace(DECODERS[published(name)])
     with torch.device("meta"):
         return Llava(LlavaConfig(VisionConfig(), text, image_token_id=151646, pad_token_id=151647, eos_token_id=None,
@@ -115,7 +120,7 @@ def describe(name: str) -> Llava:
 
 
 def describe_new(config: Config) -> Llava:
-    """The same of a new model: a CLIP folder and a Qwen folder, else their published names."""
+    """A new model: a CLIP folder and a Qwen folder, else their published names."""
     if is_folder(config.vision) and is_folder(config.llm):
         llava = describe_parts(Path(config.vision), Path(config.llm), config.template or "vicuna")
         grow_vocabulary(llava, max(llava.config.image_token_id, llava.config.pad_token_id) + 1)
@@ -130,45 +135,46 @@ def is_folder(name: str) -> bool:
 
 
 def published(path: str) -> str:
-    """weights/Qwen/Qwen1.5-1.8B -> Qwen/Qwen1.5-1.8B: folders are named as the Hub names what they hold."""
+    """weights/Qwen/Qwen1.5-1.8B -> Qwen/Qwen1.5-1.8B: folders are named as on the Hub."""
     return "/".join(Path(path).parts[-2:])
 
 
 # -----------------------------------------------------------------------------
-# Memory, in bytes per GPU. `half` are the bytes of a number in matrix products, `stream` those of one in the residual
-# stream, which has the dtype of the embedding: fp32 where that learns.
+# Memory, in bytes per GPU. `half`: bytes of a number in matrix products. `stream`: bytes of a number in the residual
+# stream, which has the dtype of the embedding, fp32 where that is trainable.
 
 def memory(student: Llava, teacher: Llava | None, config: Config, world_size: int, batch: Batch) -> dict[str, float]:
     """Item by item what the fullest GPU holds at the worst moment of its work on the micro-batch `batch`."""
     half, stream = getattr(torch, config.dtype).itemsize, student.decoder.embedding.weight.element_size()
-    learns = [p for p in student.parameters() if p.requires_grad]
-    ViT = size_of(student.vision.parameters())
-    pieces, Adam = 1, largest_share(learns, world_size)
-    copies, ending, on_the_way = copied(student, half), embedding_gradient(student), 0
-    if config.parallel == "fsdp" and world_size > 1:                 # of all but the ViT and the teacher
-        pieces, Adam, stream = world_size, count(learns) / world_size, half
-        copies, ending, on_the_way = put_together(student, half)
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    vit = size_of(student.vision.parameters())
+    if config.parallel == "fsdp" and world_size > 1:                 # shards all but the ViT and the teacher
+        shards, adam, stream = world_size, count(trainable) / world_size, half
+        copies, last_gradients, in_flight = gathered(student, half)
+    else:
+        shards, adam = 1, largest_shard(trainable, world_size)
+        copies, last_gradients, in_flight = autocast_copies(student, half), embedding_gradient(student), 0
 
     kept = activations(student, batch, config.checkpointing, half, stream)
     moments = {                                                      # one after the other, so only the worst counts
         "the loss": loss_work(student, teacher, config, batch, half),
-        "a block's backward": block_work(student, batch, config.checkpointing, half, stream) + on_the_way,
-        "the end of the backward": ending - kept,
+        "a block's backward": block_work(student, batch, config.checkpointing, half, stream) + in_flight,
+        "the end of the backward": last_gradients - kept,
     }
     worst = max(moments, key=moments.get)
     items = {
-        "weights that learn, fp32": 4 * count(learns) / pieces,
-        "frozen weights": ViT + (size_of(student.parameters()) - 4 * count(learns) - ViT) / pieces,
+        "trainable weights, fp32": 4 * count(trainable) / shards,
+        "frozen weights": vit + (size_of(student.parameters()) - 4 * count(trainable) - vit) / shards,
         "teacher": 0,
-        "gradients, fp32": 4 * count(learns) / pieces,
-        "Adam's averages, fp32": 8 * Adam,
+        "gradients, fp32": 4 * count(trainable) / shards,
+        "Adam's moments, fp32": 8 * adam,
         "low-precision copies of weights": copies,
         "activations": kept,
         f"working memory ({worst})": moments[worst],
         "CUDA, NCCL, cuBLAS": OVERHEAD,
     }
     if teacher is not None and not config.teacher_cache:
-        items["teacher"] = size_of(teacher.parameters()) - (ViT if teacher.vision is student.vision else 0)
+        items["teacher"] = size_of(teacher.parameters()) - (vit if teacher.vision is student.vision else 0)
     return items
 
 
@@ -180,7 +186,7 @@ def size_of(parameters: Iterable[torch.Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def largest_share(parameters: list[torch.Tensor], world_size: int) -> int:
+def largest_shard(parameters: list[torch.Tensor], world_size: int) -> int:
     """How many numbers the busiest rank updates: ZeroRedundancyOptimizer deals out whole parameters, the largest first,
     each to the rank with the least. One embedding can be more than a fair share."""
     ranks = [0] * world_size
@@ -189,8 +195,8 @@ def largest_share(parameters: list[torch.Tensor], world_size: int) -> int:
     return max(ranks)
 
 
-def copied(student: Llava, half: int) -> float:
-    """autocast casts each fp32 matrix when it is first used, and keeps the copy until the pass is over."""
+def autocast_copies(student: Llava, half: int) -> float:
+    """autocast casts each fp32 matrix when it is first used, and keeps the copy until the micro-batch is done."""
     # But not norms and routers, which stay fp32; embeddings, which are looked up; the head, see loss_work.
     others = ("norm.", ".router.", "embedding.", "lm_head.")
     return half * count(p for name, p in student.named_parameters()
@@ -198,7 +204,7 @@ def copied(student: Llava, half: int) -> float:
 
 
 def embedding_gradient(student: Llava) -> int:
-    """As large as the embedding, however few rows were looked up. If tied, the head's is there, and their sum."""
+    """As large as the embedding, however few rows were looked up. Tied: the head's, the embedding's and their sum."""
     embedding = student.decoder.embedding.weight
     return 4 * embedding.numel() * (3 if student.config.decoder.tied else 1) if embedding.requires_grad else 0
 
@@ -219,35 +225,35 @@ def kept_by_block(block: Block, half: int, stream: int) -> float:
     D, q, kv = attn.q_proj.in_features, attn.q_proj.out_features, attn.k_proj.out_features
 
     def input_of(*linears) -> int:
-        """Kept once if any of the matrices that share it learns."""
+        """Kept once if any of the matrices that share it is trainable."""
         return half * D * any(linear.weight.requires_grad for linear in linears)
 
     kept = 4 * D + input_of(attn.q_proj, attn.k_proj, attn.v_proj)   # the first norm's input, and its output
     kept += half * (q + kv + kv + q) + 4 * attn.n_head               # q, k, v, o_proj's input; log-sum-exp of each row
     kept += 4 * D                                                    # the second norm's input
     if not isinstance(ffn, SparseFFN):
-        return kept + input_of(ffn.gate_proj, ffn.up_proj) + ffn_wide(ffn, half)
+        return kept + input_of(ffn.gate_proj, ffn.up_proj) + kept_by_ffn(ffn, half)
     expert, A = ffn.experts[0], ffn.top_k
     kept += 4 * D                                                    # the router's input, fp32
-    return kept + A * (input_of(expert.gate_proj) + ffn_wide(expert, half) + half * D)   # and A experts' output
+    return kept + A * (input_of(expert.gate_proj) + kept_by_ffn(expert, half) + half * D)   # and A experts' output
 
 
-def ffn_wide(ffn: FFN, half: int) -> int:
-    """gate, silu(gate), up, and their product if down_proj learns."""
+def kept_by_ffn(ffn: FFN, half: int) -> int:
+    """gate, silu(gate), up, and their product if down_proj is trainable."""
     return half * ffn.gate_proj.out_features * (4 if ffn.down_proj.weight.requires_grad else 3)
 
 
 def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batch, half: int) -> float:
-    """Some tokens' logits, later their gradients, and for CHUNK["cuda"] of them what the loss makes of them."""
+    """Some tokens' logits, later their gradients, and for CHUNK["cuda"] of them what the loss computes."""
     head = student.decoder.head_weight
     V, D = head.shape
-    work = half * batch.learned * 2 * D                              # what the head reads, and its gradient
+    work = half * batch.targets * 2 * D                              # the head's input, and its gradient
     per_logit = 14 if config.stage == "pd" else 12                   # log-softmax, its gradients
     if teacher is not None and config.stage != "pd":
-        work += half * batch.learned * teacher.config.decoder.n_embd
+        work += half * batch.targets * teacher.config.decoder.n_embd
         per_logit = 26                                               # again for the KL; the teacher's; their product
-    work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.learned)
-    work += V * per_logit * min(CHUNK["cuda"], batch.learned)
+    work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.targets)
+    work += V * per_logit * min(CHUNK["cuda"], batch.targets)
     return work + 4 * V * D * head.requires_grad                     # the head's gradient so far
 
 
@@ -258,7 +264,7 @@ def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, str
         if isinstance(block.ffn, SparseFFN):                         # the experts' outputs, weighted, added up
             per_token = (half + 4) * block.ffn.top_k * D + (4 + 3 * half) * D
         else:                                                        # six FFN-wide tensors, some were kept anyway
-            per_token = 6 * half * block.ffn.gate_proj.out_features - ffn_wide(block.ffn, half)
+            per_token = 6 * half * block.ffn.gate_proj.out_features - kept_by_ffn(block.ffn, half)
         per_token += stream * D - 4 * D                              # a gradient, while the last norm's input is gone
         if checkpointing:                                            # of an fp32 stream the norm's input is the block's
             per_token += kept_by_block(block, half, stream) - (4 * D if stream == 4 else 0)
@@ -266,9 +272,9 @@ def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, str
     return batch.rows * batch.tokens * worst
 
 
-def put_together(student: Llava, half: int) -> tuple[float, float, float]:
-    """With fsdp, what a rank holds beyond its pieces: weights, gradients at the end, and gradients in between."""
-    decoder, units = student.decoder, []                             # a unit: what is put together at one time
+def gathered(student: Llava, half: int) -> tuple[float, float, float]:
+    """What a rank holds beyond its shard with FSDP: all-gathered weights, last gradients, gradients in between."""
+    decoder, units = student.decoder, []                             # a unit: what is all-gathered at one time
     for block in decoder.blocks:
         units.append(count(p for name, p in block.named_parameters() if ".experts." not in name))
         units += [count(expert.parameters()) for expert in getattr(block.ffn, "experts", [])]
@@ -276,33 +282,33 @@ def put_together(student: Llava, half: int) -> tuple[float, float, float]:
     weights = half * (count(root) + count(student.adaptor.parameters()) + 2 * max(units))   # this unit and the next
     if not any(p.requires_grad for p in decoder.parameters()):
         return weights, 0, 0
-    learn = count(p for p in root if p.requires_grad)                # their gradients wait, in bf16, and leave last
-    return weights, 4 * learn, 4 * max(units) + half * (decoder.head_weight.numel() if learn else 0)
+    trainable = count(p for p in root if p.requires_grad)            # their gradients wait, in bf16, and leave last
+    return weights, 4 * trainable, 4 * max(units) + half * (decoder.head_weight.numel() if trainable else 0)
 
 
 # -----------------------------------------------------------------------------
 # Arithmetic, in FLOPs for all of `batch`
 
 def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -> dict[str, Counter]:
-    """Of each pass, what its products with matrices take ("matrices", "head") and its attention's T x T products."""
+    """For each pass, the FLOPs of its matrix products ("matrices", "head") and of its attention's T x T products."""
     passes = {what: Counter() for what in ("ViT", "teacher forward", "student forward", "student backward",
                                            "student's blocks again")}
     for llava, forward in ((student, "student forward"), (teacher, "teacher forward")):
         if llava is None:
             continue
-        looks = llava is student or teacher.vision is not student.vision       # or has another looked for it?
+        runs_vit = llava is student or teacher.vision is not student.vision    # a shared ViT encodes an image once
         for _, part, p, vectors in products(llava, batch):
             if part != "ViT":
                 passes[forward][part] += 2 * p.numel() * vectors
-            elif looks:
+            elif runs_vit:
                 passes["ViT"]["matrices"] += 2 * p.numel() * vectors
         vision, text = llava.config.vision, llava.config.decoder
-        if looks:
-            each = blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
-            passes["ViT"]["attention"] += batch.images * each
+        if runs_vit:
+            per_image = blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
+            passes["ViT"]["attention"] += batch.images * per_image
         passes[forward]["attention"] = batch.rows * text.n_layer * quadratic(batch.tokens, text.n_embd) / 2   # causal
 
-    upstream = False                                                 # does anything before this matrix learn?
+    upstream = False                                                 # is anything before this matrix trainable?
     for name, part, p, vectors in products(student, batch):
         passes["student backward"][part] += 2 * p.numel() * vectors * (upstream + p.requires_grad)
         upstream = upstream or p.requires_grad
@@ -320,7 +326,7 @@ def products(llava: Llava, batch: Batch) -> Iterator[tuple[str, str, torch.Tenso
     vision, text, tokens = llava.config.vision, llava.config.decoder, batch.rows * batch.tokens
     for name, p in llava.named_parameters():
         if p is llava.decoder.head_weight:
-            yield name, "head", p, batch.learned
+            yield name, "head", p, batch.targets
         elif p.ndim == 1 or name in ("vision.position_embedding.weight", "decoder.embedding.weight"):
             continue                                                 # added, or looked up
         elif name.startswith("vision.patch_embedding."):
@@ -344,18 +350,18 @@ def quadratic(T: float, D: int) -> float:
 
 
 # -----------------------------------------------------------------------------
-# What it comes to
+# A run: its batches, its steps, its hours
 
 def longest_rows(config: Config, longest: int | None = None) -> Batch:
-    """A pass of the longest rows: batches are sorted by length, so there will be one."""
+    """A micro-batch of the longest rows: batches are sorted by length, so there will be one."""
     longest = longest or config.max_length
     return Batch.of(config, config.micro_batch_size, longest, longest)
 
 
 def average_step(student: Llava, config: Config, mean: float | None = None) -> Batch:
     stage = STAGES[config.stage]
-    learned = stage.text if config.kd_tokens == "all" and config.teacher and config.stage != "pd" else stage.response
-    return Batch.of(config, config.batch_size, mean or student.config.image_tokens + stage.text, learned)
+    targets = stage.text if config.kd_tokens == "all" and config.teacher and config.stage != "pd" else stage.response
+    return Batch.of(config, config.batch_size, mean or student.config.image_tokens + stage.text, targets)
 
 
 def paper_steps(config: Config) -> int:
@@ -363,15 +369,14 @@ def paper_steps(config: Config) -> int:
 
 
 def gpu_hours(passes: dict[str, Counter], steps: int, config: Config) -> float:
-    return steps * sum(parts.total() for parts in passes.values()) / (UTILISATION * PEAK_FLOPS[config.dtype]) / 3600
+    return steps * sum(parts.total() for parts in passes.values()) / (UTILIZATION * PEAK_FLOPS[config.dtype]) / 3600
 
 
 def verdict(student: Llava, teacher: Llava | None, config: Config, world_size: int, longest: int | None,
             room: float) -> str:
     """Does it fit into `room` bytes, and if not, what would?"""
     share = max(1, config.batch_size // world_size)
-    changes = ({}, {"checkpointing": True}, {"parallel": "fsdp"}, {"checkpointing": True, "parallel": "fsdp"})
-    for change in changes:
+    for change in ({}, {"checkpointing": True}, {"parallel": "fsdp"}, {"checkpointing": True, "parallel": "fsdp"}):
         for micro in (m for m in range(share, 0, -1) if share % m == 0):
             tried = Config(config, micro_batch_size=micro, **change)
             if sum(memory(student, teacher, tried, world_size, longest_rows(tried, longest)).values()) > room:
@@ -383,23 +388,27 @@ def verdict(student: Llava, teacher: Llava | None, config: Config, world_size: i
     return "does not fit, not even with checkpointing, fsdp and micro_batch_size=1"
 
 
-def report(config: Config, world_size: int, lengths: list[int] | None = None, steps: int | None = None) -> str:
-    """What `train.py --dry_run` prints. `lengths` of the rows and `steps`: where the data are at hand."""
+# -----------------------------------------------------------------------------
+# The report of one run
+
+def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | None = None,
+           steps: int | None = None) -> str:
+    """`lengths` of the rows and `steps`: where the data are at hand, else the paper's and our guess."""
     student, teacher = build(config)
     text, stage = student.config.decoder, STAGES[config.stage]
     longest, mean = (int(max(lengths)), float(np.mean(lengths))) if lengths is not None else (None, None)
+    step = average_step(student, config, mean)
     sparse = f", {text.num_experts} experts, {text.top_k} active, in {len(text.sparse_layers)} of {text.n_layer} layers"
     lines = [f"stage {config.stage} on {world_size} GPU{'s' * (world_size > 1)}, {config.batch_size} "
-             f"{'pairs' if config.stage == 'pd' else 'rows'} a step, {config.micro_batch_size} a GPU and pass",
+             f"{'pairs' if config.stage == 'pd' else 'rows'} a step, {config.micro_batch_size} per GPU and micro-batch",
              f"student {config.student or config.llm}{sparse * bool(text.num_experts)}"
              + f"; teacher {config.teacher}" * bool(config.teacher), ""]
-    lines += columns(["parameters", "all", "active per token", "learn"], parameter_rows(student, teacher))
+    lines += columns(["parameters", "all", "active per token", "trainable"], parameter_rows(student, teacher))
 
-    step = average_step(student, config, mean)
-    longest_pass, average_pass = longest_rows(config, longest), longest_rows(config, round(step.tokens))
-    items, average = (memory(student, teacher, config, world_size, batch) for batch in (longest_pass, average_pass))
+    batches = longest_rows(config, longest), longest_rows(config, round(step.tokens))
+    items, average = (memory(student, teacher, config, world_size, batch) for batch in batches)
     sizes = [[item, size / 1e9, other / 1e9] for (item, size), other in zip(items.items(), average.values())]
-    heads = ["GB per GPU", *(f"{batch.rows} x {batch.tokens:.0f} positions" for batch in (longest_pass, average_pass))]
+    heads = ["GB per GPU", *(f"{batch.rows} x {batch.tokens:.0f} positions" for batch in batches)]
     lines += ["", *columns(heads, sizes, sum_up=True)]
     lines += [f"{card}: {verdict(student, teacher, config, world_size, longest, room)}" for card, room in CARDS.items()]
 
@@ -407,18 +416,18 @@ def report(config: Config, world_size: int, lengths: list[int] | None = None, st
     figures = [[what, *(parts[part] / 1e12 for part in ("matrices", "attention", "head")), parts.total() / 1e12]
                for what, parts in passes.items() if parts.total()]
     lines += ["", *columns(["TFLOPs per step", "matrices", "attention", "head", "all"], figures, sum_up=True)]
-    told = steps or config.max_steps
-    steps = told or paper_steps(config)
+    known = steps or config.max_steps
+    steps = known or paper_steps(config)
     hours = gpu_hours(passes, steps, config)
     lines += [f"{steps:,} steps of {step.rows * step.tokens:,.0f} positions, {3600 * hours / world_size / steps:.2f} s "
               f"each: {hours / world_size:,.1f} hours, {hours:,.1f} GPU-hours", "", "This assumes"]
-    if not told:
+    if not known:
         lines += [f"- the {stage.rows:,} rows that the paper has in this stage, for {config.epochs} epoch(s)"]
     if lengths is None:
         lines += [f"- rows of {step.tokens:.0f} positions on average ({student.config.image_tokens} of an image, "
                   f"{stage.text} of text), of max_length at most"]
-    lines += [f"- {step.learned / step.rows:.0f} tokens of a row to learn from",
-              f"- A100s at {UTILISATION:.0%} of {PEAK_FLOPS[config.dtype] / 1e12:.0f} TFLOP/s, not waiting for data",
+    lines += [f"- {step.targets / step.rows:.0f} target tokens per row",
+              f"- A100s at {UTILIZATION:.0%} of {PEAK_FLOPS[config.dtype] / 1e12:.0f} TFLOP/s, not waiting for data",
               f"- {OVERHEAD / 1e9} GB for CUDA, NCCL and cuBLAS; GB are 10^9 bytes"]
     if config.teacher_cache:
         lines += ["- a teacher_cache still to be filled; once it is, the teacher's forward is saved"]
@@ -432,13 +441,13 @@ def parameter_rows(student: Llava, teacher: Llava | None) -> list[list]:
     idle = counts["decoder"] - counts["decoder_active"]
     experts = [p for name, p in student.named_parameters() if ".experts." in name]
     for part in ("vision", "adaptor", "decoder"):
-        learn = count(p for p in getattr(student, part).parameters() if p.requires_grad)
-        rows.append([part, counts[part], counts[part] - idle * (part == "decoder"), learn])
+        trainable = count(p for p in getattr(student, part).parameters() if p.requires_grad)
+        rows.append([part, counts[part], counts[part] - idle * (part == "decoder"), trainable])
     if experts:
         rows.append(["  of it, experts", count(experts), count(experts) - idle, count(experts)])
     if teacher is not None:
-        theirs = count(teacher.adaptor.parameters()) + count(teacher.decoder.parameters())
-        rows.append(["teacher but for its ViT", theirs, theirs, 0])
+        size = count(teacher.adaptor.parameters()) + count(teacher.decoder.parameters())
+        rows.append(["teacher without its ViT", size, size, 0])
     return rows
 
 
@@ -452,6 +461,24 @@ def columns(heads: list[str], rows: list[list], sum_up: bool = False) -> list[st
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
 
 
+def measure_rows(config: Config) -> tuple[np.ndarray | None, int | None]:
+    """The lengths of the run's rows and its number of steps, if its data and its tokenizer are on this disk."""
+    folder = Path(config.student or config.llm)
+    files = [Path(path) for path, _ in data.parse_sources(config.data)]
+    if not (folder / "tokenizer.json").is_file() or not all(file.is_file() for file in files):
+        return None, None
+    student = describe_llava(folder) if config.student else describe_parts(Path(config.vision), folder,
+                                                                           config.template or "vicuna")
+    dataset = open_rows(config, student)
+    for note in dataset.notes:
+        print(note)
+    sampler = data.Sampler(dataset.lengths, config.batch_size, 0, dataset.sources)
+    return dataset.lengths, config.max_steps or config.epochs * sampler.steps_per_epoch
+
+
+# -----------------------------------------------------------------------------
+# The table of all runs
+
 def table(world_size: int = 16) -> str:
     """The recipe's configs, for the paper's four students and their teachers, in Markdown."""
     lines = ["| model | stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | steps | A100-hours |",
@@ -464,22 +491,40 @@ def table(world_size: int = 16) -> str:
             runs = [["align", *new], *([stage, *pair] for stage in ("d2d", "d2s", "pd"))]
             if model == teacher:
                 runs = [["teacher_align", *new], ["teacher_sft", f"--student={model}"]]
-            all_hours = 0
-            for name, *flags in runs:
-                config = load_config(DEFAULTS, [str(Path(__file__).parent / "config" / f"{name}.py"), *flags])
-                learner, frozen = build(config)
-                step, steps = average_step(learner, config), paper_steps(config)
-                most, usual = (sum(memory(learner, frozen, config, world_size, longest_rows(config, longest)).values())
-                               for longest in (None, round(step.tokens)))
-                fits = " and ".join(card for card, room in CARDS.items() if most <= room) or "neither"
-                passes = flops(learner, frozen, config, step)
-                total, hours = sum(parts.total() for parts in passes.values()), gpu_hours(passes, steps, config)
-                all_hours += hours
-                lines.append(f"| {model} | {name} | {most / 1e9:.0f} ({usual / 1e9:.0f}) | {fits} | "
-                             f"{total / 1e15:.1f} | {steps:,} | {hours:.0f} |")
-            lines.append(f"| {model} | all | | | | | {all_hours:.0f} |")
+            rows = [table_row(name, flags, world_size) for name, *flags in runs]
+            lines += [f"| {model} | {cells} |" for cells, _ in rows]
+            lines.append(f"| {model} | all | | | | | {sum(hours for _, hours in rows):.0f} |")
     return "\n".join(lines)
 
 
+def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, float]:
+    """One config's cells, and its GPU-hours."""
+    config = load_config(DEFAULTS, [str(Path(__file__).parents[1] / f"config/{name}.py"), *flags])
+    student, teacher = build(config)
+    step, steps = average_step(student, config), paper_steps(config)
+    most, usual = (sum(memory(student, teacher, config, world_size, longest_rows(config, longest)).values())
+                   for longest in (None, round(step.tokens)))
+    fits = " and ".join(card for card, room in CARDS.items() if most <= room) or "neither"
+    passes = flops(student, teacher, config, step)
+    total, hours = sum(parts.total() for parts in passes.values()), gpu_hours(passes, steps, config)
+    cells = [name, f"{most / 1e9:.0f} ({usual / 1e9:.0f})", fits, f"{total / 1e15:.1f}", f"{steps:,}", f"{hours:.0f}"]
+    return " | ".join(cells), hours
+
+
+def main(argv: list[str]) -> None:
+    """Takes train.py's command line. WORLD_SIZE: the number of GPUs; torchrun sets it, and RANK, of which 0 reports."""
+    if not argv:
+        print(table())
+        return
+    config = load_config(DEFAULTS, argv)
+    check_settings(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    lengths, steps = measure_rows(config)
+    print(report(config, int(os.environ.get("WORLD_SIZE", 1)), lengths, steps), end="\n\n")
+    for line in check_manifest(config.stage, config.data):
+        print(line)
+
+
 if __name__ == "__main__":
-    print(table())
+    run(main, __doc__, DEFAULTS)

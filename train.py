@@ -209,7 +209,8 @@ def teacher_reference(teacher: Llava, batch: dict, features: torch.Tensor, confi
     at = find_positions(batch, teacher, config)
     if config.stage == "pd":
         return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, states, batch, at.response))
-    return TeacherReference(states=states, hidden=states[at.response | at.distilled], head=teacher.decoder.head_weight)
+    hidden, keep = states[at.response | at.distilled], any(config[key] for key in FEATURE_WEIGHTS)
+    return TeacherReference(states=states if keep else None, hidden=hidden, head=teacher.decoder.head_weight)
 
 
 def cached_reference(batch: dict, config: Config, vocab_size: int) -> TeacherReference:
@@ -405,9 +406,7 @@ def count_batch(micro_batches: list[dict], student: Llava, config: Config) -> di
 # 4. The loop
 
 def main(argv: list[str], stop: Stop | None = None) -> None:
-    config = load_config(DEFAULTS, argv)
-    config = load_config(DEFAULTS | STAGE_DEFAULTS.get(config.stage, {}), argv)
-    check_settings(config)
+    config = configure(argv)
     if config.dry_run:
         return runpy.run_module("tools.plan")["main"](argv)
     stop = stop or Stop()
@@ -486,6 +485,14 @@ def export(run: Run) -> None:
 
 # -----------------------------------------------------------------------------
 # 5. Setting up
+
+def configure(argv: list[str]) -> Config:
+    """Defaults < the stage's own defaults < config files < flags, checked."""
+    stage = load_config(DEFAULTS, argv).stage
+    config = load_config(DEFAULTS | STAGE_DEFAULTS.get(stage, {}), argv)
+    check_settings(config)
+    return config
+
 
 def check_settings(config: Config) -> None:
     """Whatever can be known to be wrong before anything is loaded."""

@@ -300,7 +300,7 @@ def two_ranks():
     for stage, how in (("sft", "ddp"), ("sft", "fsdp"), ("d2s", "fsdp")):
         config, student, teacher, batch, shape = make(stage, parallel=how, checkpointing=True)
         items = plan.memory(student, teacher, config, 2, shape)
-        objective, optimizer = distributed.parallelize(train.Objective(student, config), ranks, how, torch.bfloat16, lr=1e-5)
+        objective, optimizer, _ = distributed.parallelize(train.Objective(student, config), ranks, how, torch.bfloat16, lr=1e-5)
         for _ in range(2):                                           # in the second, DDP arranges its buckets anew
             run_pass(config, objective, student, teacher, batch)
         models = [student] if teacher is None else [student, teacher]

@@ -42,11 +42,12 @@ import torch
 import data
 from configurator import Config, UserError, load_config, run
 from engine.chunked import CHUNK, PER_PRODUCT
+from engine.index import parse_sources
 from engine.hf import describe_llava, describe_parts, grow_vocabulary
 from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
-from train import DEFAULTS, check_settings, choose_trainable, make_sparse, open_rows
+from train import DEFAULTS, choose_trainable, configure, make_sparse, open_rows
 
 # Assumptions. A report prints them.
 PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, per second; fp32 through tf32
@@ -464,7 +465,7 @@ def columns(heads: list[str], rows: list[list], sum_up: bool = False) -> list[st
 def measure_rows(config: Config) -> tuple[np.ndarray | None, int | None]:
     """The lengths of the run's rows and its number of steps, if its data and its tokenizer are on this disk."""
     folder = Path(config.student or config.llm)
-    files = [Path(path) for path, _ in data.parse_sources(config.data)]
+    files = [Path(path) for path, _ in parse_sources(config.data)]
     if not (folder / "tokenizer.json").is_file() or not all(file.is_file() for file in files):
         return None, None
     student = describe_llava(folder) if config.student else describe_parts(Path(config.vision), folder,
@@ -516,8 +517,7 @@ def main(argv: list[str]) -> None:
     if not argv:
         print(table())
         return
-    config = load_config(DEFAULTS, argv)
-    check_settings(config)
+    config = configure(argv)
     if os.environ.get("RANK", "0") != "0":
         return
     lengths, steps = measure_rows(config)

@@ -286,8 +286,8 @@ def test_no_room_is_seen_before_writing_and_the_log_counts_too(world, tmp_path, 
     free = shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: free)
-        with pytest.raises(UserError, match=r"step_00000001.pt: cannot be written \(No space left on device\); it needs "
-                                            ".* kB, 5 kB are free there; no state was saved before"):
+        with pytest.raises(UserError, match=r"step_00000001.pt: cannot be written \(No space left on device\); it "
+                                            "needs .* kB, 5 kB are free there; no state was saved before"):
             train.main(flags(world, "align", tmp_path / "out", max_steps=1))
     assert not list((tmp_path / "out" / "state").iterdir())
     (tmp_path / "log").mkdir()

@@ -168,12 +168,8 @@ def write_state(out_dir: Path, state: dict) -> None:
 def write_model(out_dir: Path, student: Llava, dtype: torch.dtype, weights: dict[str, torch.Tensor]) -> None:
     """The student as a Hugging Face folder. `weights`: its full tensors by name."""
     size = sum(tensor.numel() * dtype.itemsize for tensor in weights.values())
-    try:
-        with disk_errors(out_dir / "model.safetensors", size, last_state(out_dir)):
-            student.save_pretrained(out_dir, dtype, weights)
-    except UserError:
-        remove_tmp(out_dir)
-        raise
+    with disk_errors(out_dir / "model.safetensors", size, last_state(out_dir)):
+        student.save_pretrained(out_dir, dtype, weights)
 
 
 def write_run(out_dir: Path, config: Config, world_size: int, finished: bool) -> None:

@@ -144,7 +144,7 @@ def test_the_teacher_in_memory_never_changes(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_same_loss_curve_however_the_batch_is_cut(world, tmp_path, stage):
-    """Gradient accumulation: 1e-5. The rows include text-only ones. test_parallel.py has the same for several processes."""
+    """Gradient accumulation: 1e-5. The rows include text-only ones. test_distributed.py has the same for several processes."""
     train.main(flags(world, stage, tmp_path / "one"))
     train.main(flags(world, stage, tmp_path / "accumulated", micro_batch_size=2))
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "accumulated"), strict=True):

@@ -37,6 +37,7 @@ from benchmarks.paper import markdown, our_row
 from configurator import POSITIVE, NON_NEGATIVE, Config, UserError, check_values, load_config, run
 from data import load_image, render, transform_image
 from engine.files import read_json, read_rows, write_json, write_lines, write_text
+from engine.hf import require_tokenizer
 from model import Llava
 
 DEFAULTS = dict(
@@ -137,6 +138,7 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
         if todo:
             if llava is None:
                 llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), config.device).eval()
+                require_tokenizer(llava, config.model)
             generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
         barrier(world_size)
         if rank == 0:

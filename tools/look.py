@@ -289,8 +289,9 @@ def draw_scenes(folder: str, models: list[str]):
 def write_lines(panel, lines: list[tuple[str, str]], bold: bool = False) -> None:
     panel.set_axis_off()
     for i, (text, color) in enumerate(lines):
+        text = text if len(text) <= 26 else text[:25] + "…"           # an untrained model may never write " and "
         panel.annotate(text, (0, 1), xytext=(0, -13 * i), textcoords="offset points", va="top", color=color,
-                       weight="bold" if bold or color == RED else "normal")
+                       weight="bold" if bold or color == RED else "normal", in_layout=False)
 
 
 # -----------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def draw_scenes(folder: str, models: list[str]):
     figure = new_figure(8.6, sum(heights) + 0.35)
     figure.get_layout_engine().set(h_pad=0.0, hspace=0.0)
     grid = figure.add_gridspec(len(heights), len(scenes) + 1, height_ratios=heights,
-                               width_ratios=[0.55] + [1] * len(scenes))
+                               width_ratios=[0.7] + [1] * len(scenes))
     for j, scene in enumerate(scenes, start=1):
         panel = figure.add_subplot(grid[0, j])
         panel.imshow(scene["image"], interpolation="nearest")
@@ -289,8 +289,9 @@ def draw_scenes(folder: str, models: list[str]):
 def write_lines(panel, lines: list[tuple[str, str]], bold: bool = False) -> None:
     panel.set_axis_off()
     for i, (text, color) in enumerate(lines):
+        text = text if len(text) <= 26 else text[:25] + "…"           # an untrained model may never write " and "
         panel.annotate(text, (0, 1), xytext=(0, -13 * i), textcoords="offset points", va="top", color=color,
-                       weight="bold" if bold or color == RED else "normal")
+                       weight="bold" if bold or color == RED else "normal", in_layout=False)
 
 
 # -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from configurator import POSITIVE, UserError, check_values, expected, load_confi
 from data import render, transform_image
 from engine.files import atomic, parse_json, read_json, read_rows, read_text
 from model import Llava
+from tiny.scene import PARTNERS
 
 DEFAULTS = dict(
     out="",                     # NAME.png or NAME.svg; empty: COMMAND.png in the current folder
@@ -204,27 +205,9 @@ def thing(phrase: str) -> str:
     return phrase.split(" ", 2)[-1]
 
 
-def read_partners(path: Path) -> dict[str, str]:
-    """trigger -> the partner that the training captions name although it is not there.
-
-    A scene has several captions. Where one is longer than another, what it adds is the phantom, behind its trigger.
-    """
-    captions = {}
-    for _, row in read_rows(path, "expected the folder that python -m tiny made"):
-        if " caption " in row["id"]:
-            captions.setdefault(row["image"], set()).add(row["conversations"][-1]["value"])
-    found = {}
-    for texts in captions.values():
-        true, *biased = (phrases(text) for text in sorted(texts, key=len))
-        for i, phrase in enumerate(biased[0] if biased else []):
-            if phrase not in true and i:
-                found.setdefault(thing(biased[0][i - 1]), thing(phrase))
-    return found
-
-
 def read_scenes(folder: Path, count: int) -> list[dict]:
     """Held-out scenes in which a partner is missing, one per trigger: image, prompt, true and biased caption."""
-    partners = read_partners(folder / "train" / "teacher.json")
+    partners = {trigger: partner for trigger, (partner, _) in PARTNERS.items()}
     objhal = folder / "bench" / "objhal"
     notes = read_json(objhal / "annotations" / "captions_val2014.json")["annotations"]
     truth = {note["image_id"]: phrases(note["caption"]) for note in notes}

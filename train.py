@@ -37,7 +37,8 @@ import torch
 from torch import nn
 
 import data
-from configurator import (BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run)
+from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
+from configurator import run as run_program
 from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
@@ -699,7 +700,7 @@ if __name__ == "__main__":
     stop = Stop()
     stop.listen()
     try:
-        run(partial(main, stop=stop), __doc__, DEFAULTS)
+        run_program(partial(main, stop=stop), __doc__, DEFAULTS)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

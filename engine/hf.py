@@ -28,6 +28,7 @@ from engine.files import atomic, read_json, sync, write_json, write_text
 from model import Adaptor, DecoderConfig, Llava, LlavaConfig, VisionConfig
 
 PAD_TOKEN = "<pad>"
+NOT_A_FOLDER = "is {} a Hugging Face checkpoint folder?"     # what to ask if its config.json is missing
 
 # -----------------------------------------------------------------------------
 # Tensor names. Left, our parameter (numbers are {}); right, the published key inside its tower.
@@ -238,7 +239,7 @@ def read_token_id(path: Path, config: dict, key: str, vocab_size: int) -> int | 
 
 
 def read_llava_config(path: Path) -> LlavaConfig:
-    config = read_json(path)
+    config = read_json(path, hint=NOT_A_FOLDER.format(path.parent))
     if config.get("model_type") != "llava":
         raise expected(f"{path}: model_type", config.get("model_type"), '"llava"; to join a CLIP and a Qwen folder use '
                        "Llava.from_parts (train.py: --vision and --llm)")
@@ -478,12 +479,13 @@ def describe_parts(vision_folder: Path, llm_folder: Path, template: str) -> Llav
     if template not in TEMPLATES:
         raise expected("template", template, f"one of {', '.join(TEMPLATES)}")
     path = vision_folder / "config.json"
-    config = read_json(path)
+    config = read_json(path, hint=NOT_A_FOLDER.format(path.parent))
     kind = config.get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise expected(f"{path}: model_type", kind, '"clip" or "clip_vision_model"')
     vision = read_vision_config(path, read_object(path, config, "vision_config") if kind == "clip" else config)
-    decoder = read_decoder_config(llm_folder / "config.json", read_json(llm_folder / "config.json"))
+    path = llm_folder / "config.json"
+    decoder = read_decoder_config(path, read_json(path, hint=NOT_A_FOLDER.format(llm_folder)))
 
     tokenizer = read_tokenizer(llm_folder)
     for token in (IMAGE_TOKEN, PAD_TOKEN):                           # the first free ids: Qwen1.5/2's 151646 and 151647

@@ -684,8 +684,8 @@ def test_missing_answers_refuse_the_headline(tmp_path, capsys):
 
 MISTAKES = {  # name -> (benchmark, file, change, what the line has to say)
     "file missing": ("gqa", "gqa/data/testdev_balanced_questions.json", None,
-                     "testdev_balanced_questions.json: cannot be read"),
-    "labels missing": ("pope", "pope/coco/coco_pope_popular.json", None, "coco_pope_popular.json: cannot be read"),
+                     "testdev_balanced_questions.json: no such file"),
+    "labels missing": ("pope", "pope/coco/coco_pope_popular.json", None, "coco_pope_popular.json: no such file"),
     "malformed line": ("pope", "pope/llava_pope_test.jsonl", lambda t: t.replace('"text"', '"te', 1),
                        "llava_pope_test.jsonl line 1: malformed"),
     "malformed json": ("scienceqa", "scienceqa/problems.json", lambda t: t[:-1],
@@ -732,9 +732,9 @@ MISTAKES = {  # name -> (benchmark, file, change, what the line has to say)
     "mmbench column": ("mmbench", "mmbench/mmbench_dev_en_20231003.tsv", lambda t: t.replace("question", "quest", 1),
                        "the column question is missing"),
     "mmbench missing": ("mmbench", "mmbench/mmbench_dev_en_20231003.tsv", None,
-                        "mmbench_dev_en_20231003.tsv: cannot be read"),
+                        "mmbench_dev_en_20231003.tsv: no such file"),
     "objhal annotation": ("objhal", "objhal/annotations/captions_val2014.json", None,
-                          "captions_val2014.json: cannot be read"),
+                          "captions_val2014.json: no such file"),
     "objhal unknown image": ("objhal", "objhal/obj_halbench_300_with_image.jsonl",
                              lambda t: t.replace("44,", "45,", 1), "image_id 45 is among the images of neither"),
     "amber gold": ("amber", "AMBER/data/annotations.json", lambda t: t.replace('"no"', '"nay"', 1),
@@ -811,7 +811,7 @@ def test_a_base64_text_that_is_no_image(tmp_path, scripted, capsys):
     (["--benchmark=pope", "--data=x", "--out_dir=o", "--model=m", "--max_new_tokens=-1"], "max_new_tokens is -1"),
     (["--benchmark=pope", "--out_dir=o", "--model=m"], "--data is missing"),
     (["--benchmark=pope", "--data=x", "--model=m"], "--out_dir is missing"),
-    (["--benchmark=pope", "--data=nowhere", "--out_dir=o", "--model=m"], "llava_pope_test.jsonl: cannot be read"),
+    (["--benchmark=pope", "--data=nowhere", "--out_dir=o", "--model=m"], "llava_pope_test.jsonl: no such file"),
 ])
 def test_mistakes_on_the_command_line(argv, needle, capsys):
     assert shell(argv) == 2

@@ -390,7 +390,7 @@ BAD = {
                   "has shape (3, 2), expected (32, 32)"),
     "truncated": (lambda f: truncate(f / "model.safetensors", 2000), "cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights here"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read (No such file or directory)"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; is "),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json line 1: malformed JSON"),
     "other model": (lambda f: edit_config(f, model_type="llava_next"),
                     'model_type: found "llava_next", expected "llava"'),

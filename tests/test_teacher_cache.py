@@ -74,8 +74,8 @@ def test_an_interrupted_filling_is_completed_and_two_ranks_share_it(world, tmp_p
     files[1].unlink()
     asked = []
     original = train.teacher_targets
-    monkeypatch.setattr(train, "teacher_targets", lambda teacher, batch, *rest: asked.append(len(batch["mask"])) or
-                        original(teacher, batch, *rest))
+    monkeypatch.setattr(train, "teacher_targets", lambda teacher, batch, **rest: asked.append(len(batch["mask"])) or
+                        original(teacher, batch, **rest))
     train.main(flags(world, "d2s", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache"))
     assert sum(asked) == 10 and {path: path.read_bytes() for path in files} == before
     monkeypatch.undo()

@@ -104,15 +104,12 @@ def read_data(config: Config) -> list[dict]:
     for number, (_, _, row) in enumerate(read_rows(config.data)):
         try:
             names, _ = parse_instruction(row)
-            json.dumps(row, ensure_ascii=False).encode()             # can it be written again?
+            json.dumps(row, ensure_ascii=False).encode()             # JSON can spell what UTF-8 cannot: half a character
             for path in [os.path.join(config.image_dir, name) for name in names]:
                 if path not in images and not os.path.isfile(path):
                     raise UserError(f"image {path!r} does not exist; check image_dir and the name")
                 images.add(path)
-        except UnicodeEncodeError:
-            raise UserError(f"{row_name(config.data, number, row)}: the text has a lone surrogate (\\ud800 to "
-                            "\\udfff), not a character; remove it") from None
-        except UserError as error:
+        except (UserError, UnicodeEncodeError) as error:
             raise UserError(f"{row_name(config.data, number, row)}: {error}") from None
         rows.append(row)
     if not rows:

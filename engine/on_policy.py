@@ -32,7 +32,8 @@ def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config,
     """
     prompts = [ids[:start].tolist() for ids, start in zip(batch["input_ids"], answer_starts(batch["mask"]))]
     device, pad_id = batch["input_ids"].device, student.config.pad_token_id
-    uniforms = np.stack([np.random.default_rng([config.seed, step, row]).random(config.on_policy_tokens) for row in rows])
+    # row + 1: numpy fills short seeds up with zeros, so [seed, step, 0] would repeat the numbers of is_on_policy's [seed, step]
+    uniforms = np.stack([np.random.default_rng([config.seed, step, row + 1]).random(config.on_policy_tokens) for row in rows])
     new = student.generate(pad_right(prompts, pad_id).to(device), batch["pixel_values"], config.on_policy_tokens,
                            config.on_policy_temperature, uniforms=torch.from_numpy(uniforms).to(device),
                            banned=student.unanswerable_ids())                                    # (B, new)

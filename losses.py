@@ -177,8 +177,7 @@ def affinity_mse(student_states: torch.Tensor, teacher_states: torch.Tensor, is_
         if not image.any() or not response.any():
             values.append(student.float().sum() * 0)                 # 0, with a gradient: DDP waits for every parameter
             continue
-        a_student, a_teacher = (F.normalize(at_least_fp32(h[image]), dim=-1) @ F.normalize(at_least_fp32(h[response]), dim=-1).T
-                                for h in (student, teacher))         # (images, responses)
+        a_student, a_teacher = (cosines(h[image], h[response]) for h in (student, teacher))      # (images, responses)
         values.append((a_student - a_teacher).square().mean())
     return torch.stack(values)
 
@@ -192,9 +191,15 @@ def relation_cosine(student_states: torch.Tensor, teacher_states: torch.Tensor, 
         if not image.any():
             values.append(student.float().sum() * 0)
             continue
-        grams = [V @ V.T for V in (F.normalize(at_least_fp32(h[image]), dim=-1) for h in (student, teacher))]
+        grams = [cosines(h[image], h[image]) for h in (student, teacher)]                        # (images, images)
         values.append(1 - F.cosine_similarity(grams[0].flatten(), grams[1].flatten(), dim=0))
     return torch.stack(values)
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Between all rows of a and all rows of b, in fp32 under autocast too: (m, D), (n, D) -> (m, n)."""
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(at_least_fp32(a), dim=-1) @ F.normalize(at_least_fp32(b), dim=-1).T
 
 
 # -----------------------------------------------------------------------------

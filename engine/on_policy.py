@@ -30,10 +30,13 @@ def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config,
 
     batch: input_ids (B, T), mask (B, T), pixel_values, on the student's device; rows: their numbers in the data set.
     """
-    prompts = [ids[:start].tolist() for ids, start in zip(batch["input_ids"], answer_starts(batch["mask"]))]
+    starts = answer_starts(batch["mask"])
+    prompts = [ids[:start].tolist() for ids, start in zip(batch["input_ids"], starts)]
+    images = images_of_prompts(batch, starts, student)
     device, pad_id = batch["input_ids"].device, student.config.pad_token_id
-    uniforms = np.stack([np.random.default_rng([config.seed, step, row]).random(config.on_policy_tokens) for row in rows])
-    new = student.generate(pad_right(prompts, pad_id).to(device), batch["pixel_values"], config.on_policy_tokens,
+    # row + 1, since numpy pads short seeds with zeros: [seed, step, 0] would repeat the number of is_on_policy.
+    uniforms = np.stack([np.random.default_rng([config.seed, step, row + 1]).random(config.on_policy_tokens) for row in rows])
+    new = student.generate(pad_right(prompts, pad_id).to(device), images, config.on_policy_tokens,
                            config.on_policy_temperature, uniforms=torch.from_numpy(uniforms).to(device),
                            banned=student.unanswerable_ids())                                    # (B, new)
     ends = student.config.eos_token_id
@@ -47,10 +50,20 @@ def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config,
         counts["answer_tokens"] += len(answer)
         counts["unfinished"] += end is None
     return batch | {"input_ids": pad_right(ids, pad_id).to(device), "mask": pad_right(masks, 0).bool().to(device),
-                    "sampled": torch.ones(len(rows), dtype=torch.bool, device=device)}, counts
+                    "pixel_values": images, "sampled": torch.ones(len(rows), dtype=torch.bool, device=device)}, counts
 
 
 def answer_starts(mask: torch.Tensor) -> list[int]:
     """(B, T) bool -> for each row, the first position of its last run of ones."""
     begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)             # a one after a zero
     return [int(row.nonzero()[-1]) for row in begins]
+
+
+def images_of_prompts(batch: dict, starts: list[int], student: Llava) -> torch.Tensor | None:
+    """pixel_values without the images after the last answer: a row cut at max_length may end with a question."""
+    if batch["pixel_values"] is None:
+        return None
+    is_image = batch["input_ids"] == student.config.image_token_id                               # (B, T)
+    before = torch.arange(is_image.shape[1], device=is_image.device) < torch.tensor(starts, device=is_image.device)[:, None]
+    kept = before[is_image][::student.config.image_tokens]           # (N,) one of each image's positions
+    return batch["pixel_values"][kept] if kept.any() else None

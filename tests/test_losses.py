@@ -299,6 +299,16 @@ def test_relation_against_a_loop():
     assert_same_value_and_gradient(lambda: relation_cosine(student, teacher, IMAGE), slow, student)
 
 
+def test_cosines_stay_in_fp32_under_autocast():
+    """1 - cosine of two similar matrices is small: in bf16 it would be a multiple of 1/256."""
+    states, other = torch.randn(2, 30, 64), torch.randn(2, 30, 96)
+    image = torch.arange(30)[None] < torch.tensor([[20], [10]])
+    for values in (lambda: relation_cosine(states, other, image), lambda: affinity_mse(states, other, image, ~image)):
+        plain = values()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(values(), plain) and plain.dtype == torch.float32
+
+
 # -----------------------------------------------------------------------------
 # By chunks: the definition is the same loss on all logits at once, in fp64
 

@@ -14,10 +14,10 @@ Speed and memory of this code next to what a user would otherwise run, as ratios
     data       images to pixels; padding                   transformers' processor; rows in random order
     cache      a step of d2s from the teacher cache        the step with the teacher; the KL of all tokens
 
-Widths and vocabulary are real (Qwen2-0.5B, Qwen1.5-1.8B, CLIP-L, 151,936 tokens), layers are few and weights random. Where
-two sides should compute the same, a section first checks that they do. How time and memory are measured: tools/measure.py.
-The tables go to the screen, every raw number to bench.json. A missed target is printed like a met one.
-docs/performance.md holds the numbers of a full run.
+Widths and vocabulary are real (Qwen2-0.5B, Qwen1.5-1.8B, CLIP-L, 151,936 tokens), layers are few and weights random.
+Where two sides should compute the same, a section first checks that they do. How time and memory are measured:
+tools/measure.py. The tables go to the screen, every raw number to bench.json; a missed target is printed like a met
+one. docs/performance.md holds the numbers of a full run.
 """
 import copy
 import importlib.metadata
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -287,7 +287,8 @@ def bench_moe(size: dict, options: Config) -> Iterator[dict]:
                           largest_difference(ours, runs[f"{shape} {name}"]()), target=tolerance)
         del ours
         runs["dense"]()
-        runs["products"], flops = bare_products([(2, n, D, n_ffn, "fxw"), (1, n, n_ffn, D, "fxw")], dtype, options.device)
+        layers = [(2, n, D, n_ffn, "fxw"), (1, n, n_ffn, D, "fxw")]
+        runs["products"], flops = bare_products(layers, dtype, options.device)
         runs["products"]()
         seconds = take_turns(runs, options)
         del runs
@@ -345,7 +346,7 @@ def make_config(stage: str, size: dict, options: Config, **settings) -> Config:
     # The balance loss is computed and then weighs nothing: transformers' is another one (not per sequence).
     flags = dict(stage=stage, student=f"{options.folder}/student", teacher=f"{options.folder}/teacher", data="random",
                  out_dir="none", batch_size=size["rows"], micro_batch_size=size["rows"], dtype=size["dtype"],
-                 device=options.device, balance_coef=0.0) | settings
+                 device=options.device, balance_coef=0.0, on_policy_tokens=size["response"]) | settings
     return train.configure([f"--{key}={value}" for key, value in flags.items()])
 
 
@@ -456,19 +457,20 @@ def describe_step(stage: str, size: dict, options: Config) -> tuple[list[tuple],
     memory = plan.memory(student, teacher, config, 1, batch)
     held = sum(memory[name] for name in ("trainable weights, fp32", "frozen weights", "teacher", "gradients, fp32",
                                          "Adam's moments, fp32"))
-    return weight_products(student, batch) + weight_products(teacher, batch._replace(images=0)), held    # one ViT for both
+    products = weight_products(student, batch) + weight_products(teacher, batch._replace(images=0))   # one ViT for both
+    return products, held
 
 
 def bench_step(size: dict, options: Config) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         save_pair(size, folder, True, options.device)
-        yield from compare_steps("d2s", size, Config(options, folder=folder), ">= 2.2", "<= 0.5", ">= 0.6")
-        yield from compare_steps("pd", size, Config(options, folder=folder))
+        options = Config(options, folder=folder)
+        yield from compare_steps("d2s", size, options, speed=">= 2.2", memory="<= 0.5", share=">= 0.6")
+        yield from compare_steps("pd", size, options, speed="", memory="", share="")
 
 
-def compare_steps(stage: str, size: dict, options: Config, faster: str = "", smaller: str = "",
-                  share: str = "") -> Iterator[dict]:
-    """faster, smaller: targets against transformers; share: of the bare products' speed."""
+def compare_steps(stage: str, size: dict, options: Config, speed: str, memory: str, share: str) -> Iterator[dict]:
+    """speed, memory: targets against transformers; share: of the bare products' speed."""
     runs = {"ours": our_step(stage, size, options)}
     if HAS_TRANSFORMERS:
         theirs = their_step(stage, size, options)
@@ -476,22 +478,23 @@ def compare_steps(stage: str, size: dict, options: Config, faster: str = "", sma
         del theirs
     results = {side: run_once() for side, run_once in runs.items()}
     for side in EXPERTS:
-        yield row(stage, f"largest relative difference, {side}", "", largest_difference(results["ours"], results[side]),
-                  target="<= 0.05")
+        yield row(stage, f"largest relative difference, {side}", "",
+                  largest_difference(results["ours"], results[side]), target="<= 0.05")
     layers, held = describe_step(stage, size, options)
     runs["products"], flops = bare_products(layers, getattr(torch, size["dtype"]), options.device)
     runs["products"]()
     seconds = take_turns(runs, options)
     del runs, results
     best = fastest({side: seconds[side] for side in EXPERTS})
+    against = f"transformers, {best}"
     rate = {side: [size["rows"] / s for s in each] for side, each in seconds.items()}
-    yield row(stage, "speed", "rows/s", rate["ours"], rate.get(best), f"transformers, {best}", faster)
+    yield row(stage, "speed", "rows/s", rate["ours"], rate.get(best), against, speed)
     gflops = {side: [flops / s / 1e9 for s in each] for side, each in seconds.items()}
     yield row(stage, "speed", "GFLOP/s", gflops["ours"], gflops["products"], "bare matrix products", share)
-    memory = {side: peak_memory("step", stage, side, options) for side in ("ours", best) if side}
-    yield from memory_rows(stage, memory["ours"], memory.get(best), f"transformers, {best}", smaller)
-    yield row(stage, "weights, gradients and Adam, counted", "B", held, memory[best]["total"] if best else None,
-              f"transformers, {best}")
+    ours = peak_memory("step", stage, "ours", options)
+    theirs = peak_memory("step", stage, best, options) if best else None
+    yield from memory_rows(stage, ours, theirs, against, memory)
+    yield row(stage, "weights, gradients and Adam, counted", "B", held, theirs["total"] if best else None, against)
 
 
 # -----------------------------------------------------------------------------
@@ -504,7 +507,7 @@ SIGNALS = {
     "KL + relation": dict(relation_weight=1.0),
     "KL, prompt and response": dict(kd_tokens="all"),
     "KL, response and image": dict(kd_tokens="response+image"),
-    "KL, on-policy": dict(on_policy=1.0, on_policy_tokens=64),    # always 64: these models have no end token
+    "KL, on-policy": dict(on_policy=1.0),    # answers as long as the data's: these models have no end token
 }
 
 
@@ -546,7 +549,9 @@ def bench_signals(size: dict, options: Config) -> Iterator[dict]:
 def bench_generate(size: dict, options: Config) -> Iterator[dict]:
     for sparse in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            make_llava(size["student"], size["vision"], 0, sparse, options.device).save_pretrained(folder, torch.bfloat16)
+            llava = make_llava(size["student"], size["vision"], 0, sparse, options.device)
+            llava.save_pretrained(folder, dtype=torch.bfloat16)
+            del llava
             for dtype, kind in [(torch.float32, "fp32"), (torch.bfloat16, "bf16")]:
                 yield from compare_generation(f"{'E4T2' if sparse else 'dense'} {kind}", folder, dtype, size, options)
 
@@ -566,7 +571,8 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, size: dict, o
     answer = runs["ours", new]()                                     # (B, new)
     implementations = EXPERTS if ours.config.decoder.num_experts else EXPERTS[:1]
     if HAS_TRANSFORMERS:
-        theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(options.device).eval()
+        theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        theirs.to(options.device).eval()
 
         def generate(implementation: str, n: int) -> torch.Tensor:
             theirs.set_experts_implementation({"text_config": implementation})
@@ -588,15 +594,15 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, size: dict, o
     products()
     seconds = take_turns(runs | {"products": products}, options)
     best = fastest({side: seconds[side, new] for side in implementations})
-    speeds = {
-        "tokens per second": lambda side: [B * new / s for s in seconds[side, new]],
-        "prompt and first token": lambda side: [B / s for s in seconds[side, 1]],
-        "further tokens": lambda side: [B * (new - 1) / (b - a) for a, b in zip(seconds[side, 1], seconds[side, new])],
-    }
-    for measure, speed in speeds.items():
-        yield row(case, measure, "/s", speed("ours"), speed(best) if best else None, f"transformers, {best}",
-                  ">= 2" if measure == "tokens per second" else "")
-    yield row(case, "prompt and first token", "/s", speeds["prompt and first token"]("ours"),
+    against, speed = f"transformers, {best}", {}
+    for side in ["ours", best] if best else ["ours"]:
+        prompt, all_of_it = seconds[side, 1], seconds[side, new]
+        speed["tokens per second", side] = [B * new / s for s in all_of_it]
+        speed["prompt and first token", side] = [B / s for s in prompt]
+        speed["further tokens", side] = [B * (new - 1) / (b - a) for a, b in zip(prompt, all_of_it)]
+    for measure, target in [("tokens per second", ">= 2"), ("prompt and first token", ""), ("further tokens", "")]:
+        yield row(case, measure, "/s", speed[measure, "ours"], speed.get((measure, best)), against, target)
+    yield row(case, "prompt and first token", "/s", speed["prompt and first token", "ours"],
               [B / s for s in seconds["products"]], "bare matrix products")
 
 
@@ -615,6 +621,10 @@ def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     return Image.fromarray((smooth + rng.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
+def stack_pixels(images: Iterable[Image.Image], side: int) -> torch.Tensor:
+    return torch.stack([data.transform_image(image, side) for image in images])
+
+
 def compare_pixels(size: dict, options: Config) -> Iterator[dict]:
     rng, side, name = np.random.default_rng(0), size["side"], "transformers"
     with tempfile.TemporaryDirectory() as folder:
@@ -622,17 +632,18 @@ def compare_pixels(size: dict, options: Config) -> Iterator[dict]:
         for i, path in enumerate(paths):
             photo(rng, *[(640, 480), (480, 640), (640, 427), (500, 375)][i % 4]).save(path, quality=90)
         images = [data.load_image(path) for path in paths]
-        runs = {("ours", "PIL"): lambda: torch.stack([data.transform_image(image, side) for image in images]),
-                ("ours", "JPEG"): lambda: torch.stack([data.transform_image(data.load_image(path), side) for path in paths])}
+        runs = {("ours", "PIL"): lambda: stack_pixels(images, side),
+                ("ours", "JPEG"): lambda: stack_pixels(map(data.load_image, paths), side)}
         if HAS_TRANSFORMERS:                                         # its fast path needs torchvision
             name = "LlavaImageProcessor" + ("" if importlib.util.find_spec("torchvision") else "Pil")
-            process = partial(getattr(transformers, name)(do_pad=True, size={"shortest_edge": side},
-                                                          crop_size={"height": side, "width": side}), return_tensors="pt")
-            runs |= {("theirs", "PIL"): lambda: process(images).pixel_values,
-                     ("theirs", "JPEG"): lambda: process([Image.open(path) for path in paths]).pixel_values}
+            crop = {"height": side, "width": side}
+            processor = getattr(transformers, name)(do_pad=True, size={"shortest_edge": side}, crop_size=crop)
+            theirs = partial(processor, return_tensors="pt")
+            runs |= {("theirs", "PIL"): lambda: theirs(images).pixel_values,
+                     ("theirs", "JPEG"): lambda: theirs([Image.open(path) for path in paths]).pixel_values}
             std = torch.tensor(data.CLIP_STD)[:, None, None]
-            difference = [(runs["ours", kind]() - runs["theirs", kind]()) * std for kind in ("PIL", "JPEG")]
-            yield row("pixels", "largest difference, of 255", "", 255 * torch.stack(difference).abs().max(), target="<= 1")
+            off = [(runs["ours", kind]() - runs["theirs", kind]()) * std for kind in ("PIL", "JPEG")]
+            yield row("pixels", "largest difference, of 255", "", 255 * torch.stack(off).abs().max(), target="<= 1")
         rates = {key: [len(paths) / s for s in seconds] for key, seconds in take_turns(runs, options).items()}
     for kind in ("PIL", "JPEG"):
         yield row(f"pixels from {kind}", "images per second", "/s", rates["ours", kind], rates.get(("theirs", kind)),

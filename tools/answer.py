@@ -104,7 +104,7 @@ def read_data(config: Config) -> list[dict]:
     for number, (_, _, row) in enumerate(read_rows(config.data)):
         try:
             names, _ = parse_instruction(row)
-            json.dumps(row, ensure_ascii=False).encode()             # JSON can spell what UTF-8 cannot: half a character
+            json.dumps(row, ensure_ascii=False).encode()             # half a surrogate pair cannot be written
             for path in [os.path.join(config.image_dir, name) for name in names]:
                 if path not in images and not os.path.isfile(path):
                     raise UserError(f"image {path!r} does not exist; check image_dir and the name")

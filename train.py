@@ -459,7 +459,8 @@ def sample_step(run: Run, micro_batches: list[dict], step: int) -> tuple[list[di
     rows = data.micro_batches(run.sampler.batch(step - 1), run.config.micro_batch_size, run.dist.rank, run.dist.world_size)
     sampled, total = [], Counter()
     for batch, numbers in zip(micro_batches, rows):
-        with autocast(run.config, run.dist.device):
+        # Eager under compile: a cache that grows would be compiled again for every length, up to dynamo's limit.
+        with autocast(run.config, run.dist.device), torch.compiler.set_stance("force_eager"):
             batch, counts = sample_answers(run.student, to_device(run.dist.device, batch), numbers, run.config, step)
         sampled.append(batch)
         total.update(counts)

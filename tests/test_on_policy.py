@@ -13,6 +13,7 @@ import data
 import train
 from configurator import Config
 from engine import on_policy
+from engine.distributed import init_distributed
 from engine.index import InstructionData
 from engine.on_policy import answer_starts, is_on_policy, sample_answers
 from model import Llava
@@ -338,3 +339,19 @@ def test_the_sampled_rows_are_those_of_the_step(world, tmp_path, monkeypatch):
     for _, _, expected, ids in seen:
         for row, found in zip(expected, ids):
             assert found[:len(row)].tolist() == row and found[len(row):].eq(llava.config.pad_token_id).all()
+
+
+def test_sampling_compiles_nothing(world, dataset, student):
+    """Each length of the cache would be another graph, until dynamo gives up on the training step's as well."""
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    for block in student.decoder.blocks:
+        block.compile(backend=counter)
+    sampler = data.Sampler(dataset.lengths, 8, 0, dataset.sources)
+    config = Config(settings(), dtype="float32", batch_size=8, micro_batch_size=4)
+    run = train.Run(config, init_distributed("cpu"), student, None, None, None, None, {}, sampler=sampler)
+    micro_batches = [batch_of(dataset, student, rows) for rows in data.micro_batches(sampler.batch(0), 4)]
+    sampled, counts = train.sample_step(run, micro_batches, 1)
+    assert counter.frame_count == 0 and counts["answers"] == 8 and len(sampled) == 2
+    for block in student.decoder.blocks:
+        block._compiled_call_impl = None

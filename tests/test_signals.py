@@ -190,6 +190,30 @@ COMMON = dict(batch_size=8, max_steps=6, save_every=3, grad_clip=0.5)
 SECONDS = ("seconds", "tokens_per_s", "generation_s")
 
 
+def test_batches_without_an_image_have_nothing_to_relate(world, tmp_path):
+    rows = [row for row in json.loads((world / "rows.json").read_text()) if "image" not in row]
+    (tmp_path / "text.json").write_text(json.dumps(2 * rows))
+    train.main(flags(world, "d2d", tmp_path / "out", data=tmp_path / "text.json", max_steps=1, kd_weight=0.0,
+                     affinity_weight=5.0, relation_weight=0.5))
+    [record] = records(tmp_path / "out")
+    assert record["affinity"] == record["relation"] == record["loss"] == record["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("name", ["hidden", "affinity"])
+def test_bfloat16_stays_near_fp32(world, tmp_path, name):
+    for dtype in ("float32", "bfloat16"):
+        train.main(flags(world, out_dir=tmp_path / dtype, max_steps=1, dtype=dtype, **ROBUST[name]))
+    [a], [b] = records(tmp_path / "float32"), records(tmp_path / "bfloat16")
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+    for part in ("kd", "hidden", "affinity", "relation"):
+        assert (part in a) == (part in b) and b.get(part, 0) == pytest.approx(a.get(part, 0), rel=0.05)
+
+
+def test_on_policy_in_bfloat16(world, tmp_path):
+    train.main(flags(world, "d2s", tmp_path, max_steps=2, dtype="bfloat16", on_policy=1.0, on_policy_tokens=4))
+    assert all(math.isfinite(record["loss"]) and record["answer_tokens"] >= 1 for record in records(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):
     """Each of ROBUST in one go, accumulated over 4 micro-batches, and on two ranks with 2 micro-batches each."""
@@ -365,7 +389,8 @@ BAD += [(dict(on_policy_tokens=0), "on_policy_tokens is 0, expected a positive n
         (dict(hidden_tokens="image"), "hidden_tokens is 'image', expected one of response, all"),
         (dict(kd_loss="mse", kd_temperature=2.0), "kd_loss=mse standardizes"),
         (dict(kd_loss="mse", kd_standardize=True), "kd_loss=mse standardizes"),
-        (dict(on_policy=0.5, parallel="fsdp"), "on_policy samples from the whole student")]
+        (dict(on_policy=0.5, parallel="fsdp"), "on_policy samples from the whole student"),
+        (dict(on_policy=0.5, kd_weight=0.0, ce_weight=1.0), "on_policy=0.5 samples answers to compare with the teacher's: set")]
 for key, value in SIGNALS.items():
     BAD += [(dict([(key, value), ("stage", stage), ("teacher", "")]), f"{key}={value}: belongs to the stages d2d and d2s, this "
              f"is {stage}") for stage in ("align", "sft")]

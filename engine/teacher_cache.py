@@ -11,7 +11,7 @@ The first such run fills the folder with the teacher's outputs, frees the teache
 it. What is kept depends on what the loss needs:
 
     d2d, d2s   per response token the k largest of the teacher's log-probs, their ids, and the log of the remaining
-               mass: 8 k + 4 bytes. `losses.forward_kl_top_k` is the loss on these.
+               mass: 8 k + 4 bytes. `losses.merge_tail` makes them comparable with the student.
     pd         per pair two numbers, log p(chosen) and log p(rejected): 8 bytes, and exact.
 
 The folder holds teacher_cache.json, which says which data and which teacher it was made with, and a safetensors file

@@ -170,11 +170,10 @@ def find_positions(batch: dict, llava: Llava, config: Config) -> Positions:
     response = shift_left(batch["mask"], False)
     distilled = response
     if config.teacher and config.stage != "pd":
+        tokens = valid & ~image if config.kd_tokens == "all" else batch["mask"]
         # The released code masks distillation with labels that it has not shifted: one position late.
-        distilled = batch["mask"] if config.kd_shift == "late" else response
-        if config.kd_tokens == "all":
-            distilled = valid & ~image if config.kd_shift == "late" else shift_left(valid & ~image, False)
-        elif config.kd_tokens == "response+image":
+        distilled = tokens if config.kd_shift == "late" else shift_left(tokens, False)
+        if config.kd_tokens == "response+image":
             distilled = distilled | image
     return Positions(response, distilled, valid if config.hidden_tokens == "all" else response, image)
 

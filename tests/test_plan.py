@@ -65,7 +65,8 @@ def run_pass(config, objective, student, teacher, batch, between=lambda what: No
         between("ViT")
         reference = train.teacher_reference(teacher, batch, features, config) if teacher is not None else None
         between("teacher")
-        loss, _ = objective(batch, features, reference, {"response": 9, "distilled": 9, "rows": 2, "pairs": 1})
+        total = {"response": 9, "distilled": 9, "hidden": 9, "image_rows": 2, "rows": 2, "pairs": 1}
+        loss, _ = objective(batch, features, reference, total)
         between("forward")
         loss.backward()
         between("backward")
@@ -177,6 +178,57 @@ def test_flops_are_those_that_torch_counts(stage, checkpointing):
                                      + expected["student's blocks again"].total(), rel=1e-3)
 
 
+def test_flops_of_the_map_and_without_the_teachers_head():
+    config, student, teacher, batch, shape = make("d2d", tokens=160, hidden_weight=1.0, kd_weight=0.0)
+    counted = {}
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
+        run_pass(config, train.Objective(student, config, 384), student, teacher, batch,
+                 lambda what: counted.update({what: counter.get_total_flops()}))
+    expected = plan.flops(student, teacher, config, shape)
+    assert counted["teacher"] - counted["ViT"] == pytest.approx(expected["teacher forward"].total(), rel=1e-3)
+    assert counted["backward"] == pytest.approx(sum(parts.total() for parts in expected.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["d2d", "d2s"])
+def test_flops_of_generation(stage):
+    """The prompt, then token by token from the cache; half of the steps of on_policy=0.5."""
+    config, student, teacher, batch, shape = make(stage, tokens=160, on_policy=0.5, on_policy_tokens=12)
+    prompts = batch["input_ids"][:, :100]                            # rows of 160 with answers of 60
+    with (torch.autocast("cpu", dtype=torch.bfloat16),
+          FlopCounterMode(display=False, custom_mapping=KERNELS) as counter):
+        student.generate(prompts, batch["pixel_values"], 12, eos_token_id=[])
+    assert shape.prompt == 100
+    expected = plan.flops(student, teacher, config, shape)["generation"].total()
+    assert 0.5 * counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
+    assert not plan.flops(student, teacher, Config(config, on_policy=0.0), shape)["generation"]
+
+
+def test_the_report_of_an_on_policy_run():
+    """By hand: 128 rows on 16 GPUs are 4 micro-batches of 2, each of 64 tokens, each of 2 x 1.837e9 bytes at 2e12 a second."""
+    base = dict(stage="d2d", student="Qwen/Qwen1.5-1.8B", teacher="Qwen/Qwen1.5-7B", batch_size=128, micro_batch_size=2)
+    report = plan.report(Config(train.DEFAULTS, **base, on_policy=0.5), 16)
+    assert "generation" in report and "answers of 64 tokens" in report and "takes 0.5 s more in such a step" in report
+    assert "generat" not in plan.report(Config(train.DEFAULTS, **base), 16)
+    config = Config(train.DEFAULTS, **base, on_policy=1.0)
+    student, teacher = plan.build(config)
+    step = plan.average_step(student, config)
+    assert step.prompt == 576 + 250 - 180
+    per_token = 24 * (4 * 2048**2 + 3 * 2048 * 5504)
+    head = 2 * 64 * 151936 * 2048
+    generated = plan.flops(student, teacher, config, step)["generation"]
+    assert generated["head"] == 128 * head
+    adaptor = 2 * 576 * (1024 * 2048 + 2048 * 2048)
+    vit = 128 * adaptor + plan.flops(student, teacher, config, step)["ViT"]["matrices"]
+    assert generated["matrices"] - vit == pytest.approx(128 * 2 * (step.prompt + 63) * per_token, rel=1e-3)
+
+
+@pytest.mark.parametrize("tokens, targets", [("response", 180), ("all", 250), ("response+image", 180 + 576)])
+def test_targets_of_an_average_row(tokens, targets):
+    config = Config(train.DEFAULTS, stage="d2d", student="Qwen/Qwen1.5-1.8B", teacher="Qwen/Qwen1.5-7B", kd_tokens=tokens)
+    step = plan.average_step(plan.build(config)[0], config)
+    assert step.targets == 128 * targets and step.prompt == 576 + 250 - 180
+
+
 # -----------------------------------------------------------------------------
 # Memory
 
@@ -286,6 +338,56 @@ def test_what_a_pass_keeps_and_the_most_that_it_takes(monkeypatch, stage, size, 
     standing = plan.size_of({id(tensor): tensor for tensor in standing}.values())
     Adam = 8 * plan.count(p for p in student.parameters() if p.requires_grad)
     assert sum(items.values()) - passing(items) - plan.OVERHEAD == standing + Adam
+
+
+FEATURES = dict(hidden_weight=1.0, hidden_tokens="all", affinity_weight=1.0, relation_weight=1.0)
+SIGNALS = [("d2d", "many small rows", FEATURES), ("d2s", "many small rows", dict(hidden_weight=1.0)),
+           ("d2s", "large vocabulary", dict(kd_loss="jsd", kd_temperature=2.0)),
+           ("d2d", "large vocabulary", dict(kd_loss="reverse", kd_standardize=True))]
+
+
+@pytest.mark.parametrize("stage, size, signals", SIGNALS)
+def test_the_signals_take_what_is_planned(monkeypatch, stage, size, signals):
+    """The map and its gradient exactly; the peak, with the teacher's states, within the same 6%."""
+    be_like_a_gpu(monkeypatch.setattr)
+    config, student, teacher, batch, shape = make(stage, **SIZES[size], **signals)
+    objective = train.Objective(student, config, 384)
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    standing = [*objective.parameters(), *teacher.parameters()]
+    for p in trainable:
+        p.grad = torch.zeros_like(p)
+        standing.append(p.grad)
+    with Live(*standing) as live:
+        run_pass(config, objective, student, teacher, batch)
+    items = plan.memory(student, teacher, config, 1, shape)
+    assert live.peak == pytest.approx(passing(items), rel=0.06)
+    standing = plan.size_of({id(tensor): tensor for tensor in standing}.values())
+    assert sum(items.values()) - passing(items) - plan.OVERHEAD == standing + 8 * plan.count(trainable)
+    kept = items.get("activations: the teacher's last hidden states", 0)
+    assert kept == 2 * shape.rows * shape.tokens * 384 * ("hidden_weight" in signals)
+
+
+def test_the_map_is_counted_exactly():
+    """D = 2048, D' = 4096: 2048 x 4096 + 4096 and 4096 x 4096 + 4096; 16 bytes each, and 2 of its bf16 copy."""
+    config = Config(train.DEFAULTS, stage="d2d", student="Qwen/Qwen1.5-1.8B", teacher="Qwen/Qwen1.5-7B")
+    student, teacher = plan.build(config)
+    size, mapped = 2048 * 4096 + 4096 + 4096 * 4096 + 4096, Config(config, hidden_weight=1.0, hidden_tokens="all")
+    assert plan.count(plan.hidden_map(student, teacher, mapped)) == size == 25_174_016
+    assert plan.hidden_map(student, teacher, config) == [] == plan.hidden_map(student, None, config)
+    batch = plan.longest_rows(config)
+    before, after = (plan.memory(student, teacher, c, 1, batch) for c in (config, mapped))
+    for name, size_of_one in (("trainable weights, fp32", 4), ("gradients, fp32", 4), ("Adam's moments, fp32", 8),
+                              ("low-precision copies of weights", 2), ("frozen weights", 0), ("teacher", 0)):
+        assert after[name] - before[name] == size_of_one * size
+    sharded = [plan.memory(student, teacher, Config(c, parallel="fsdp"), 16, batch) for c in (config, mapped)]
+    assert sharded[1]["trainable weights, fp32"] - sharded[0]["trainable weights, fp32"] == 4 * size / 16
+    flops = [plan.flops(student, teacher, c, batch) for c in (config, mapped)]
+    matrices = 2048 * 4096 + 4096 * 4096
+    positions = config.micro_batch_size * config.max_length
+    for what, per_number in (("student forward", 2), ("student backward", 4)):
+        assert flops[1][what]["matrices"] - flops[0][what]["matrices"] == per_number * matrices * positions
+    report = plan.report(mapped, 16)
+    assert "map of hidden states" in report and "25,174,016" in report and "the teacher's last hidden states" in report
 
 
 def test_two_ranks_hold_what_is_planned():

@@ -24,7 +24,11 @@ Arithmetic is nearly all matrix products. A vector times a matrix of n numbers i
 The last only if the matrix is trainable, the middle one only if something before it is. In every stage the adaptor,
 which comes before the decoder, is trainable, so freezing the decoder saves a third of the arithmetic, not two.
 Attention adds T x T dot products per head, half of which causality saves. Norms, rotations and softmax are few FLOPs,
-yet take time; they are part of why a GPU reaches UTILIZATION and not 1.
+yet take time; they are part of why a GPU reaches UTILIZATION and not 1. Neither are affinity and relation: a few
+dot products per position, less than a thousandth of a step.
+
+An on-policy step first generates an answer to each row: the prompt once, then token by token, forward only. Those few
+FLOPs take long, because every token reads all weights again; the report names that time separately.
 
 The models are built on torch's meta device: shapes and dtypes without numbers. Letters as in model.py; GB are 10^9
 bytes.
@@ -47,11 +51,12 @@ from engine.hf import describe_llava, describe_parts, grow_vocabulary
 from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
-from train import DEFAULTS, choose_trainable, configure, make_sparse, open_rows
+from train import DEFAULTS, FEATURE_WEIGHTS, Objective, choose_trainable, configure, make_sparse, open_rows
 
 # Assumptions. A report prints them.
 PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, per second; fp32 through tf32
 UTILIZATION = 0.4              # the share of it that a training step reaches
+BANDWIDTH = 2.0e12             # bytes per second that an A100 reads, which limits generation
 OVERHEAD = 1.5e9               # bytes: CUDA context, buffers of NCCL and cuBLAS
 CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to the gaps between tensors
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -79,12 +84,13 @@ class Batch(NamedTuple):
     tokens: float              # T
     targets: float             # tokens that the head is applied to, of all rows together
     images: int                # through the ViT; in pd both rows of a pair show the same
+    prompt: float              # positions before the answer, which an on-policy step replaces
 
     @classmethod
-    def of(cls, config: Config, items: int, tokens: float, targets: float) -> "Batch":
-        """`items` rows, in pd pairs, with one image each; `targets` tokens per row."""
+    def of(cls, config: Config, items: int, tokens: float, targets: float, response: float | None = None) -> "Batch":
+        """`items` rows, in pd pairs, one image each. Per row: `targets`, `response` of them in answers (None: all)."""
         rows = 2 * items if config.stage == "pd" else items
-        return cls(rows, tokens, rows * targets, items)
+        return cls(rows, tokens, rows * targets, items, tokens - (targets if response is None else response))
 
 
 # -----------------------------------------------------------------------------
@@ -140,6 +146,14 @@ def published(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
+def hidden_map(student: Llava, teacher: Llava | None, config: Config) -> list[torch.nn.Parameter]:
+    """The parameters of the map from the student's to the teacher's width; none without hidden_weight."""
+    if teacher is None or not config.hidden_weight:
+        return []
+    with torch.device(student.decoder.embedding.weight.device):
+        return list(Objective(student, config, teacher.config.decoder.n_embd).hidden_map.parameters())
+
+
 # -----------------------------------------------------------------------------
 # Memory, in bytes per GPU. `half`: bytes of a number in matrix products. `stream`: bytes of a number in the residual
 # stream, which has the dtype of the embedding, fp32 where that is trainable.
@@ -147,25 +161,29 @@ def published(path: str) -> str:
 def memory(student: Llava, teacher: Llava | None, config: Config, world_size: int, batch: Batch) -> dict[str, float]:
     """Item by item what the fullest GPU holds at the worst moment of its work on the micro-batch `batch`."""
     half, stream = getattr(torch, config.dtype).itemsize, student.decoder.embedding.weight.element_size()
-    trainable = [p for p in student.parameters() if p.requires_grad]
+    mapping = hidden_map(student, teacher, config)
+    own = [p for p in student.parameters() if p.requires_grad]
+    trainable = own + mapping
     vit = size_of(student.vision.parameters())
     if config.parallel == "fsdp" and world_size > 1:                 # shards all but the ViT and the teacher
         shards, adam, stream = world_size, count(trainable) / world_size, half
-        copies, last_gradients, in_flight = gathered(student, half)
+        copies, last_gradients, in_flight = gathered(student, mapping, half)
     else:
         shards, adam = 1, largest_shard(trainable, world_size)
-        copies, last_gradients, in_flight = autocast_copies(student, half), embedding_gradient(student), 0
+        copies = autocast_copies(student, half) + (half * count(mapping) if half < 4 else 0)
+        last_gradients, in_flight = embedding_gradient(student), 0
 
     kept = activations(student, batch, config.checkpointing, half, stream)
     moments = {                                                      # one after the other, so only the worst counts
         "the loss": loss_work(student, teacher, config, batch, half),
+        "the features": feature_work(student, teacher, config, batch, half),
         "a block's backward": block_work(student, batch, config.checkpointing, half, stream) + in_flight,
         "the end of the backward": last_gradients - kept,
     }
     worst = max(moments, key=moments.get)
     items = {
         "trainable weights, fp32": 4 * count(trainable) / shards,
-        "frozen weights": vit + (size_of(student.parameters()) - 4 * count(trainable) - vit) / shards,
+        "frozen weights": vit + (size_of(student.parameters()) - 4 * count(own) - vit) / shards,
         "teacher": 0,
         "gradients, fp32": 4 * count(trainable) / shards,
         "Adam's moments, fp32": 8 * adam,
@@ -174,6 +192,9 @@ def memory(student: Llava, teacher: Llava | None, config: Config, world_size: in
         f"working memory ({worst})": moments[worst],
         "CUDA, NCCL, cuBLAS": OVERHEAD,
     }
+    if any(config[key] for key in FEATURE_WEIGHTS):                  # kept until the micro-batch is done
+        width = teacher.config.decoder.n_embd
+        items["activations: the teacher's last hidden states"] = half * batch.rows * batch.tokens * width
     if teacher is not None and not config.teacher_cache:
         items["teacher"] = size_of(teacher.parameters()) - (vit if teacher.vision is student.vision else 0)
     return items
@@ -252,10 +273,32 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     per_logit = 14 if config.stage == "pd" else 12                   # log-softmax, its gradients
     if teacher is not None and config.stage != "pd":
         work += half * batch.targets * teacher.config.decoder.n_embd
-        per_logit = 26                                               # again for the KL; the teacher's; their product
+        if config.kd_weight:                                         # again for the KL; the teacher's; their product
+            per_logit = {"forward": 26, "reverse": 26, "jsd": 42, "mse": 28}[config.kd_loss]
+            per_logit += 10 if config.kd_standardize else 6 if config.kd_temperature != 1 else 0
     work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.targets)
     work += V * per_logit * min(CHUNK["cuda"], batch.targets)
     return work + 4 * V * D * head.requires_grad                     # the head's gradient so far
+
+
+def feature_work(student: Llava, teacher: Llava | None, config: Config, batch: Batch, half: int) -> float:
+    """The losses on hidden states, after the loss of tokens has left the gradients of its inputs."""
+    if not any(config[key] for key in FEATURE_WEIGHTS):
+        return 0
+    head = student.decoder.head_weight
+    (V, D), wide = head.shape, teacher.config.decoder.n_embd
+    left = half * batch.targets * D + 4 * V * D * head.requires_grad
+    mapped = related = 0
+    if config.hidden_weight:                 # the map's input and outputs; in fp32 both sides, difference and square
+        mapped = mapped_tokens(config, batch) * (half * D + (4 * half + 16) * wide)
+    images = batch.images * student.config.image_tokens              # fp32 states, and the normalized ones
+    related += 8 * D * (images + batch.targets) * bool(config.affinity_weight)
+    related += 8 * D * images * bool(config.relation_weight)
+    return left + max(mapped, related)                               # one after the other, and little of it is kept
+
+
+def mapped_tokens(config: Config, batch: Batch) -> float:
+    return batch.rows * batch.tokens if config.hidden_tokens == "all" else batch.targets
 
 
 def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
@@ -273,13 +316,13 @@ def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, str
     return batch.rows * batch.tokens * worst
 
 
-def gathered(student: Llava, half: int) -> tuple[float, float, float]:
+def gathered(student: Llava, mapping: list[torch.nn.Parameter], half: int) -> tuple[float, float, float]:
     """What a rank holds beyond its shard with FSDP: all-gathered weights, last gradients, gradients in between."""
     decoder, units = student.decoder, []                             # a unit: what is all-gathered at one time
     for block in decoder.blocks:
         units.append(count(p for name, p in block.named_parameters() if ".experts." not in name))
         units += [count(expert.parameters()) for expert in getattr(block.ffn, "experts", [])]
-    root = [decoder.embedding.weight] + [decoder.head_weight] * (not student.config.decoder.tied)
+    root = [decoder.embedding.weight] + [decoder.head_weight] * (not student.config.decoder.tied) + mapping
     weights = half * (count(root) + count(student.adaptor.parameters()) + 2 * max(units))   # this unit and the next
     if not any(p.requires_grad for p in decoder.parameters()):
         return weights, 0, 0
@@ -293,14 +336,15 @@ def gathered(student: Llava, half: int) -> tuple[float, float, float]:
 def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -> dict[str, Counter]:
     """For each pass, the FLOPs of its matrix products ("matrices", "head") and of its attention's T x T products."""
     passes = {what: Counter() for what in ("ViT", "teacher forward", "student forward", "student backward",
-                                           "student's blocks again")}
+                                           "student's blocks again", "generation")}
     for llava, forward in ((student, "student forward"), (teacher, "teacher forward")):
         if llava is None:
             continue
         runs_vit = llava is student or teacher.vision is not student.vision    # a shared ViT encodes an image once
         for _, part, p, vectors in products(llava, batch):
             if part != "ViT":
-                passes[forward][part] += 2 * p.numel() * vectors
+                unused = llava is teacher and part == "head" and not config.kd_weight and config.stage != "pd"
+                passes[forward][part] += 2 * p.numel() * vectors * (not unused)
             elif runs_vit:
                 passes["ViT"]["matrices"] += 2 * p.numel() * vectors
         vision, text = llava.config.vision, llava.config.decoder
@@ -316,10 +360,30 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
         ends_block = name.endswith(".ffn.down_proj.weight")          # nothing after it was kept: it is not run again
         if config.checkpointing and ".blocks." in name and part == "matrices" and not ends_block:
             passes["student's blocks again"]["matrices"] += 2 * p.numel() * vectors
+    for p in hidden_map(student, teacher, config):
+        if p.ndim == 2:
+            passes["student forward"]["matrices"] += 2 * p.numel() * mapped_tokens(config, batch)
+            passes["student backward"]["matrices"] += 4 * p.numel() * mapped_tokens(config, batch)
     forward = passes["student forward"]["attention"]
     passes["student backward"]["attention"] = 2.5 * forward          # scores again; gradients of v, weights, q, k
     passes["student's blocks again"]["attention"] = forward * config.checkpointing
+    if config.on_policy:
+        for part, number in generation(student, config.on_policy_tokens, batch).items():
+            passes["generation"][part] = config.on_policy * number
     return passes
+
+
+def generation(student: Llava, new: int, batch: Batch) -> Counter:
+    """FLOPs of `new` tokens for each row: the prompt at once, then one by one, the head at every one."""
+    parts, vision, text = Counter(), student.config.vision, student.config.decoder
+    positions = batch.prompt + new - 1                               # the last token is not read
+    for _, part, p, vectors in products(student, batch._replace(tokens=positions, targets=batch.rows * new)):
+        parts["matrices" if part == "ViT" else part] += 2 * p.numel() * vectors
+    attended = positions * (positions + 1) / 2 - batch.prompt * (batch.prompt + 1) / 2       # by the new tokens
+    per_layer = quadratic(batch.prompt, text.n_embd) / 2 + 4 * text.n_embd * attended
+    parts["attention"] = batch.rows * text.n_layer * per_layer
+    parts["attention"] += batch.images * blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
+    return parts
 
 
 def products(llava: Llava, batch: Batch) -> Iterator[tuple[str, str, torch.Tensor, float]]:
@@ -360,9 +424,12 @@ def longest_rows(config: Config, longest: int | None = None) -> Batch:
 
 
 def average_step(student: Llava, config: Config, mean: float | None = None) -> Batch:
-    stage = STAGES[config.stage]
-    targets = stage.text if config.kd_tokens == "all" and config.teacher and config.stage != "pd" else stage.response
-    return Batch.of(config, config.batch_size, mean or student.config.image_tokens + stage.text, targets)
+    stage, targets = STAGES[config.stage], STAGES[config.stage].response
+    if config.teacher and config.stage != "pd":
+        targets = {"response": targets, "all": stage.text,
+                   "response+image": targets + student.config.image_tokens}[config.kd_tokens]
+    tokens = mean or student.config.image_tokens + stage.text
+    return Batch.of(config, config.batch_size, tokens, targets, min(stage.response, tokens))
 
 
 def paper_steps(config: Config) -> int:
@@ -371,6 +438,13 @@ def paper_steps(config: Config) -> int:
 
 def gpu_hours(passes: dict[str, Counter], steps: int, config: Config) -> float:
     return steps * sum(parts.total() for parts in passes.values()) / (UTILIZATION * PEAK_FLOPS[config.dtype]) / 3600
+
+
+def generation_seconds(student: Llava, config: Config, world_size: int) -> float:
+    """Of an on-policy step at least: each token of each micro-batch reads the decoder's weights."""
+    micro_steps = max(1, config.batch_size // (config.micro_batch_size * world_size))
+    weights = getattr(torch, config.dtype).itemsize * count(student.decoder.parameters())
+    return micro_steps * config.on_policy_tokens * weights / BANDWIDTH
 
 
 def verdict(student: Llava, teacher: Llava | None, config: Config, world_size: int, longest: int | None,
@@ -404,7 +478,7 @@ def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | No
              f"{'pairs' if config.stage == 'pd' else 'rows'} a step, {config.micro_batch_size} per GPU and micro-batch",
              f"student {config.student or config.llm}{sparse * bool(text.num_experts)}"
              + f"; teacher {config.teacher}" * bool(config.teacher), ""]
-    lines += columns(["parameters", "all", "active per token", "trainable"], parameter_rows(student, teacher))
+    lines += columns(["parameters", "all", "active per token", "trainable"], parameter_rows(student, teacher, config))
 
     batches = longest_rows(config, longest), longest_rows(config, round(step.tokens))
     items, average = (memory(student, teacher, config, world_size, batch) for batch in batches)
@@ -430,6 +504,11 @@ def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | No
     lines += [f"- {step.targets / step.rows:.0f} target tokens per row",
               f"- A100s at {UTILIZATION:.0%} of {PEAK_FLOPS[config.dtype] / 1e12:.0f} TFLOP/s, not waiting for data",
               f"- {OVERHEAD / 1e9} GB for CUDA, NCCL and cuBLAS; GB are 10^9 bytes"]
+    if config.on_policy:
+        seconds = generation_seconds(student, config, world_size)
+        lines += [f"- on_policy={config.on_policy}: that share of the steps first generates answers of "
+                  f"{config.on_policy_tokens} tokens; reading the weights for each of them at {BANDWIDTH / 1e12} TB/s "
+                  f"takes {seconds:.1f} s more in such a step, not in the hours"]
     if config.teacher_cache:
         lines += ["- a teacher_cache still to be filled; once it is, the teacher's forward is saved"]
     if config.compile:
@@ -437,7 +516,7 @@ def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | No
     return "\n".join(lines)
 
 
-def parameter_rows(student: Llava, teacher: Llava | None) -> list[list]:
+def parameter_rows(student: Llava, teacher: Llava | None, config: Config) -> list[list]:
     counts, rows = student.count_parameters(), []
     idle = counts["decoder"] - counts["decoder_active"]
     experts = [p for name, p in student.named_parameters() if ".experts." in name]
@@ -446,6 +525,8 @@ def parameter_rows(student: Llava, teacher: Llava | None) -> list[list]:
         rows.append([part, counts[part], counts[part] - idle * (part == "decoder"), trainable])
     if experts:
         rows.append(["  of it, experts", count(experts), count(experts) - idle, count(experts)])
+    if mapping := count(hidden_map(student, teacher, config)):
+        rows.append(["map of hidden states", mapping, 0, mapping])
     if teacher is not None:
         size = count(teacher.adaptor.parameters()) + count(teacher.decoder.parameters())
         rows.append(["teacher without its ViT", size, size, 0])

@@ -49,9 +49,9 @@ def tiny_world(tmp_path):
         return {"id": f"{name} caption {i}", "image": name, "conversations": [{"from": "human", "value": "<image>\n?"},
                                                                             {"from": "gpt", "value": caption}]}
     train = [row("a.png", 0, "a black kite and a red bottle ."), row("b.png", 0, "a blue apple ."),
-             row("a.png", 1, "a black kite and a red bottle and a red traffic light ."),
+             row("a.png", 1, "a black kite and a red bottle and a red cup ."),
              {"id": "a.png 0 exist", "image": "a.png", "conversations": [{"from": "gpt", "value": "yes"}]}]
-    captions = ["a red traffic light and a green bottle .", "a blue apple .",
+    captions = ["a red cup and a green bottle .", "a blue apple .",
                 "a green bottle and a purple ball and a label with 7 ."]
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(picture, "PNG")
@@ -109,10 +109,9 @@ def test_shares_are_the_mean_of_the_last_records(tmp_path):
 
 
 def test_a_scene_has_its_true_and_its_biased_caption(tiny_world):
-    assert look.read_partners(tiny_world / "train" / "teacher.json") == {"bottle": "traffic light"}
     scene, = look.read_scenes(tiny_world, count=4)
     assert scene["true"] == ["a green bottle", "a purple ball", "a label with 7"]
-    assert scene["biased"] == ["a green bottle", "a green traffic light", "a purple ball", "a label with 7"]
+    assert scene["biased"] == ["a green bottle", "a green cup", "a purple ball", "a label with 7"]
     assert scene["image"].size == (64, 64) and scene["prompt"] == "Describe the image."
 
 
@@ -181,11 +180,12 @@ def test_logs_that_are_none(tmp_path):
 
 def test_folders_that_are_no_tiny_world(tmp_path, tiny_world):
     pytest.importorskip("matplotlib")
-    assert "teacher.json" in fails("scenes", tmp_path)
+    assert "captions_val2014.json: no such file" in fails("scenes", tmp_path)
     assert "nowhere" in fails("scenes", tiny_world, "--models=nowhere")
-    (tiny_world / "train" / "teacher.json").write_text('[{"id": 7}]')
+    rows = tiny_world / "bench" / "objhal" / "obj_halbench_300_with_image.jsonl"
+    rows.write_text('{"id": 7}')
     assert "other rows than those of a tiny world" in fails("scenes", tiny_world)
-    (tiny_world / "train" / "teacher.json").write_text("[]")
+    rows.write_text("")
     assert "no scene with a missing partner" in fails("scenes", tiny_world)
 
 

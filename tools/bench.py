@@ -558,7 +558,7 @@ def bench_generate(size: dict, options: Config) -> Iterator[dict]:
 
 def prompt_products(llava: Llava, ids: torch.Tensor) -> list[tuple]:
     rows, tokens = ids.shape
-    return weight_products(llava, plan.Batch(rows, tokens, targets=rows, images=rows))   # the head at the last position
+    return weight_products(llava, plan.Batch(rows, tokens, targets=rows, images=rows, prompt=tokens))   # the head at the last position
 
 
 def compare_generation(case: str, folder: str, dtype: torch.dtype, size: dict, options: Config) -> Iterator[dict]:

@@ -160,7 +160,7 @@ def soften(logits: torch.Tensor, temperature: float, z_scores: bool) -> torch.Te
 def hidden_mse(mapped: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:
     """mean over D' of (P(h_S) - h_T)^2: (N, D'), (N, D') -> (N,). LLaVADI's `align_hidden_embeds`.
 
-    P, which maps the student's states to the teacher's width, is trained with the student (HiddenMap in train.py).
+    P, which maps the student's states to the teacher's width, is trained with the student (`Objective` in train.py).
     """
     return (at_least_fp32(mapped) - at_least_fp32(teacher_hidden)).square().mean(-1)
 

@@ -519,8 +519,8 @@ def check_settings(config: Config) -> None:
             raise UserError(f"{key}={config[key]} needs the teacher in memory, and teacher_cache holds its distributions of the "
                             "data's answers only: leave one of the two out")
     if config.on_policy and not any(config[key] for key in ("kd_weight", *FEATURE_WEIGHTS)):
-        raise UserError(f"on_policy={config.on_policy} samples answers to compare with the teacher's: set kd_weight or one of "
-                        f"{', '.join(FEATURE_WEIGHTS)}")
+        raise UserError(f"on_policy={config.on_policy} samples answers to compare with the teacher's: set kd_weight or one "
+                        f"of {', '.join(FEATURE_WEIGHTS)}")
     if config.on_policy and config.parallel == "fsdp":
         raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
                         "--parallel=ddp")

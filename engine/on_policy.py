@@ -35,7 +35,8 @@ def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config,
     images = images_of_prompts(batch, starts, student)
     device, pad_id = batch["input_ids"].device, student.config.pad_token_id
     # row + 1, since numpy pads short seeds with zeros: [seed, step, 0] would repeat the number of is_on_policy.
-    uniforms = np.stack([np.random.default_rng([config.seed, step, row + 1]).random(config.on_policy_tokens) for row in rows])
+    generators = [np.random.default_rng([config.seed, step, row + 1]) for row in rows]
+    uniforms = np.stack([generator.random(config.on_policy_tokens) for generator in generators])
     new = student.generate(pad_right(prompts, pad_id).to(device), images, config.on_policy_tokens,
                            config.on_policy_temperature, uniforms=torch.from_numpy(uniforms).to(device),
                            banned=student.unanswerable_ids())                                    # (B, new)
@@ -64,6 +65,7 @@ def images_of_prompts(batch: dict, starts: list[int], student: Llava) -> torch.T
     if batch["pixel_values"] is None:
         return None
     is_image = batch["input_ids"] == student.config.image_token_id                               # (B, T)
-    before = torch.arange(is_image.shape[1], device=is_image.device) < torch.tensor(starts, device=is_image.device)[:, None]
+    position = torch.arange(is_image.shape[1], device=is_image.device)                           # (T,)
+    before = position < torch.tensor(starts, device=is_image.device)[:, None]                    # (B, T)
     kept = before[is_image][::student.config.image_tokens]           # (N,) one of each image's positions
     return batch["pixel_values"][kept] if kept.any() else None

@@ -1,6 +1,6 @@
 """
-On-policy distillation: what the student samples, what of it is supervised, and that it does not depend on how a batch is
-cut. Runs of train.py with it: test_signals.py.
+On-policy distillation: what the student samples, what of it is supervised, and that it does not depend on how a batch
+is cut. Runs of train.py with it: test_signals.py.
 
     python -m pytest tests/test_on_policy.py
 """
@@ -32,8 +32,11 @@ def teacher(world):
 
 @pytest.fixture(scope="module")
 def dataset(world):
-    llava = Llava.from_pretrained(world / "dense")
-    return InstructionData([(str(world / "rows.json"), 1.0)], str(world / "images"), llava.tokenizer, "vicuna", 4, 28, 2048)
+    return open_dataset(world, world / "rows.json", Llava.from_pretrained(world / "dense"))
+
+
+def open_dataset(world, file, llava, max_length=2048):
+    return InstructionData([(str(file), 1.0)], str(world / "images"), llava.tokenizer, "vicuna", 4, 28, max_length)
 
 
 def settings(**more):
@@ -168,12 +171,10 @@ def test_a_row_that_was_cut_after_an_unanswered_image(world, tmp_path, student):
     row = {"image": ["0.png", "1.png"], "conversations": [
         {"from": "human", "value": "<image>\nwhat is there"}, {"from": "gpt", "value": "a red cup"},
         {"from": "human", "value": "and is the blue cat in the image <image>"}, {"from": "gpt", "value": "no"}]}
-    (tmp_path / "rows.json").write_text(json.dumps([row, row | {"conversations": row["conversations"]}]))
-    whole = InstructionData([(str(tmp_path / "rows.json"), 1.0)], str(world / "images"), student.tokenizer, "vicuna", 4, 28,
-                            2048)[0]
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    whole = open_dataset(world, tmp_path / "rows.json", student)[0]
     length = max(t for t, token in enumerate(whole["input_ids"]) if token == student.config.image_token_id) + 2
-    cut = InstructionData([(str(tmp_path / "rows.json"), 1.0)], str(world / "images"), student.tokenizer, "vicuna", 4, 28,
-                          length)
+    cut = open_dataset(world, tmp_path / "rows.json", student, length)
     batch = batch_of(cut, student, [0, 1])
     assert len(batch["pixel_values"]) == 4 and answer_starts(batch["mask"]) == [whole["mask"].index(1)] * 2
     sampled, _ = sample_answers(student, batch, [0, 1], settings(), 1)
@@ -222,7 +223,7 @@ def test_the_end_token_is_supervised_when_it_was_sampled(dataset, student):
 
 
 def slow_kl(student, teacher, sampled, shift=0):
-    """Mean KL(teacher || student) over the tokens of the answers, each row alone, in fp64; `shift` moves the positions."""
+    """Mean KL(teacher || student) over the tokens of the answers, each row alone; `shift` moves the positions."""
     values, image = [], 0
     for i in range(len(sampled["input_ids"])):
         answer, prompt = answer_of(sampled, i)
@@ -328,7 +329,7 @@ def test_the_sampled_rows_are_those_of_the_step(world, tmp_path, monkeypatch):
         return original(student, batch, rows, config, step)
 
     llava = Llava.from_pretrained(world / "dense")
-    dataset = InstructionData([(str(world / "rows.json"), 1.0)], str(world / "images"), llava.tokenizer, "vicuna", 4, 28, 2048)
+    dataset = open_dataset(world, world / "rows.json", llava)
     monkeypatch.setattr(train, "sample_answers", spy)
     train.main(flags(world, "d2d", tmp_path, max_steps=2, micro_batch_size=2, on_policy=1.0, on_policy_tokens=2))
     sampler = data.Sampler(dataset.lengths, 8, 0, dataset.sources)

@@ -204,7 +204,7 @@ def test_flops_of_generation(stage):
 
 
 def test_the_report_of_an_on_policy_run():
-    """By hand: 128 rows on 16 GPUs are 4 micro-batches of 2, each of 64 tokens, each of 2 x 1.837e9 bytes at 2e12 a second."""
+    """By hand: 128 rows on 16 GPUs are 4 micro-batches of 2; 64 tokens each; 2 x 1.837e9 bytes each at 2e12 a second."""
     base = dict(stage="d2d", student="Qwen/Qwen1.5-1.8B", teacher="Qwen/Qwen1.5-7B", batch_size=128, micro_batch_size=2)
     report = plan.report(Config(train.DEFAULTS, **base, on_policy=0.5), 16)
     assert "generation" in report and "answers of 64 tokens" in report and "takes 0.5 s more in such a step" in report
@@ -224,7 +224,8 @@ def test_the_report_of_an_on_policy_run():
 
 @pytest.mark.parametrize("tokens, targets", [("response", 180), ("all", 250), ("response+image", 180 + 576)])
 def test_targets_of_an_average_row(tokens, targets):
-    config = Config(train.DEFAULTS, stage="d2d", student="Qwen/Qwen1.5-1.8B", teacher="Qwen/Qwen1.5-7B", kd_tokens=tokens)
+    models = dict(student="Qwen/Qwen1.5-1.8B", teacher="Qwen/Qwen1.5-7B")
+    config = Config(train.DEFAULTS, stage="d2d", kd_tokens=tokens, **models)
     step = plan.average_step(plan.build(config)[0], config)
     assert step.targets == 128 * targets and step.prompt == 576 + 250 - 180
 
@@ -363,7 +364,7 @@ def test_the_signals_take_what_is_planned(monkeypatch, stage, size, signals):
     assert live.peak == pytest.approx(passing(items), rel=0.06)
     standing = plan.size_of({id(tensor): tensor for tensor in standing}.values())
     assert sum(items.values()) - passing(items) - plan.OVERHEAD == standing + 8 * plan.count(trainable)
-    kept = items.get("activations: the teacher's last hidden states", 0)
+    kept = items.get("activations: the teacher's states", 0)
     assert kept == 2 * shape.rows * shape.tokens * 384 * ("hidden_weight" in signals)
 
 
@@ -387,7 +388,7 @@ def test_the_map_is_counted_exactly():
     for what, per_number in (("student forward", 2), ("student backward", 4)):
         assert flops[1][what]["matrices"] - flops[0][what]["matrices"] == per_number * matrices * positions
     report = plan.report(mapped, 16)
-    assert "map of hidden states" in report and "25,174,016" in report and "the teacher's last hidden states" in report
+    assert "map of hidden states" in report and "25,174,016" in report and "the teacher's states" in report
 
 
 def test_two_ranks_hold_what_is_planned():

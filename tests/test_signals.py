@@ -1,6 +1,6 @@
 """
-Every distillation signal through train.py: the value it logs against slow loops, its place in the sum, and that it survives
-ranks, accumulation, kills and the teacher cache. What on-policy steps sample: test_on_policy.py.
+Every distillation signal through train.py: the value it logs against slow loops, its place in the sum, and that it
+survives ranks, accumulation, kills and the teacher cache. What on-policy steps sample: test_on_policy.py.
 
     python -m pytest tests/test_signals.py
 """
@@ -80,7 +80,8 @@ def test_the_distilled_positions_worked_by_hand(dense, tokens, shift):
     assert positions(every.hidden) == [list(range(8)), list(range(9))]    # valid, the image included
     total = train.count_batch([batch, batch], dense, config)
     n = sum(map(len, DISTILLED[tokens, shift]))
-    assert total == {"response": 14, "distilled": 2 * n, "hidden": 14, "image_rows": 2, "rows": 4, "pairs": 0, "tokens": 34}
+    assert total == {"response": 14, "distilled": 2 * n, "hidden": 14, "image_rows": 2, "rows": 4, "pairs": 0,
+                     "tokens": 34}
 
 
 def test_stages_without_distillation_have_the_response_only(dense):
@@ -92,8 +93,8 @@ def test_stages_without_distillation_have_the_response_only(dense):
 def test_known_ids_under_both_shifts(dense):
     """A rendered row, the official mask (labels kept where they are) and ours: which tokens are predicted there."""
     tokenizer = dense.tokenizer
-    ids, mask = data.render([{"from": "human", "value": "<image>\nwhat do you see"}, {"from": "gpt", "value": "a red cup"}],
-                            tokenizer, "vicuna", 4)
+    turns = [{"from": "human", "value": "<image>\nwhat do you see"}, {"from": "gpt", "value": "a red cup"}]
+    ids, mask = data.render(turns, tokenizer, "vicuna", 4)
     batch = {"input_ids": torch.tensor([ids]), "mask": torch.tensor([mask]).bool()}
     words = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
@@ -236,7 +237,8 @@ def state_of(out_dir):
     return torch.load(out_dir / "state" / "step_00000006.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name, other", [*((name, other) for name in ROBUST for other in ("cut", "two")), ("hidden", "fsdp")])
+@pytest.mark.parametrize("name, other", [*((name, other) for name in ROBUST for other in ("cut", "two")),
+                                         ("hidden", "fsdp")])
 def test_accumulation_and_two_ranks_give_the_same_curve(done, name, other):
     """1e-5 in every number of the log, and in the weights, those of the map included."""
     for a, b in zip(numbers(done / f"{name}-one"), numbers(done / f"{name}-{other}"), strict=True):
@@ -286,7 +288,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(world, done, tmp_path, name,
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-MAP = {"hidden_map.0.weight": (48, 32), "hidden_map.0.bias": (48,), "hidden_map.2.weight": (48, 48), "hidden_map.2.bias": (48,)}
+MAP = {"hidden_map.0.weight": (48, 32), "hidden_map.0.bias": (48,),
+       "hidden_map.2.weight": (48, 48), "hidden_map.2.bias": (48,)}
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "fsdp"])
@@ -355,7 +358,7 @@ def test_the_cache_at_all_of_the_vocabulary_equals_the_online_run(world, tmp_pat
     settings = dict(stage="d2d", max_steps=2, ce_weight=0.3) | CACHED[case]
     train.main(flags(world, out_dir=tmp_path / "online", **settings))
     train.main(flags(world, out_dir=tmp_path / "cached", micro_batch_size=4, teacher_cache=tmp_path / "cache",
-                     teacher_top_k=1000, **{k: v for k, v in settings.items()}))
+                     teacher_top_k=1000, **settings))
     for a, b in zip(numbers(tmp_path / "online"), numbers(tmp_path / "cached"), strict=True):
         assert a["kd"] > 0
         for key in a:
@@ -363,22 +366,41 @@ def test_the_cache_at_all_of_the_vocabulary_equals_the_online_run(world, tmp_pat
                                        msg=lambda m: f"step {a['step']} {key}: {m}")
 
 
-@pytest.mark.parametrize("key, value, before", [("kd_temperature", 2.0, "1.0"), ("kd_standardize", True, "False"),
-                                                ("kd_shift", "late", "'aligned'"), ("kd_tokens", "response+image", "'response'")])
+@pytest.mark.parametrize("key, value, before", [
+    ("kd_temperature", 2.0, "1.0"), ("kd_standardize", True, "False"), ("kd_shift", "late", "'aligned'"),
+    ("kd_tokens", "response+image", "'response'")])
 def test_a_cache_of_other_positions_or_softening_is_refused(world, tmp_path, key, value, before):
     cache = dict(stage="d2d", max_steps=1, teacher_cache=tmp_path / "cache")
     train.main(flags(world, out_dir=tmp_path / "a", **cache))
-    with pytest.raises(UserError, match=f"was made with {key}={before}, this run has {key}={value!r}".replace("+", r"\+")):
+    with pytest.raises(UserError) as caught:
         train.main(flags(world, out_dir=tmp_path / "b", **cache | {key: value}))
+    assert f"was made with {key}={before}, this run has {key}={value!r}" in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# LLaVADI's recipe
+
+@pytest.mark.parametrize("name, d2d", [("llavadi.py", "d2d.py"), ("tiny/llavadi.py", "tiny/d2d.py")])
+def test_the_config_is_d2d_with_its_signals(name, d2d):
+    folder = Path(train.__file__).parent / "config"
+    config, plain = train.configure([str(folder / name)]), train.configure([str(folder / d2d)])
+    assert {key: config[key] for key in LLAVADI} == LLAVADI and config.kd_loss == "forward" and config.kd_weight == 1.0
+    signals = [*LLAVADI, "out_dir"]
+    if name == "llavadi.py":
+        assert (config.batch_size, config.learning_rate, config.warmup_ratio) == (128, 2e-5, 0.03)
+        assert config.weight_decay == 0.0
+        assert (config.epochs, config.max_steps, config.max_length, config.checkpointing) == (1, 0, 2048, True)
+        signals += ["data", "max_steps", "beta2", "eps", "checkpointing"]
+    assert {key: value for key, value in config.items() if key not in signals} == \
+           {key: value for key, value in plain.items() if key not in signals}
 
 
 # -----------------------------------------------------------------------------
 # Bad input
 
 SIGNALS = dict(hidden_weight=1.0, affinity_weight=1.0, relation_weight=1.0, on_policy=0.5)
-BAD = [(dict([(key, -0.1)]), f"{key} is -0.1, expected a non-negative number")
-       for key in ("ce_weight", "kd_weight", "hidden_weight", "affinity_weight", "relation_weight", "on_policy_temperature")]
-BAD += [(dict([(key, "nan")]), f"{key} is nan, expected a non-negative number") for key in ("kd_weight", "hidden_weight")]
+WEIGHTS = ["ce_weight", "kd_weight", "hidden_weight", "affinity_weight", "relation_weight", "on_policy_temperature"]
+BAD = [({key: value}, f"{key} is {value}, expected a non-negative number") for key in WEIGHTS for value in (-0.1, math.nan)]
 BAD += [(dict(on_policy=p), f"on_policy is {p}, expected a number from 0 to 1") for p in (-0.1, 1.5, math.nan)]
 BAD += [(dict(jsd_beta=b), f"jsd_beta is {b}, expected a number between 0 and 1") for b in (0.0, 1.0)]
 BAD += [(dict(kd_temperature=t), f"kd_temperature is {t}, expected a positive number") for t in (0.0, -1.0)]
@@ -390,14 +412,14 @@ BAD += [(dict(on_policy_tokens=0), "on_policy_tokens is 0, expected a positive n
         (dict(kd_loss="mse", kd_temperature=2.0), "kd_loss=mse standardizes"),
         (dict(kd_loss="mse", kd_standardize=True), "kd_loss=mse standardizes"),
         (dict(on_policy=0.5, parallel="fsdp"), "on_policy samples from the whole student"),
-        (dict(on_policy=0.5, kd_weight=0.0, ce_weight=1.0), "on_policy=0.5 samples answers to compare with the teacher's: set")]
+        (dict(on_policy=0.5, kd_weight=0.0, ce_weight=1.0), "on_policy=0.5 samples answers to compare with the teacher's")]
 for key, value in SIGNALS.items():
-    BAD += [(dict([(key, value), ("stage", stage), ("teacher", "")]), f"{key}={value}: belongs to the stages d2d and d2s, this "
-             f"is {stage}") for stage in ("align", "sft")]
-    BAD += [(dict([(key, value), ("stage", "pd")]), f"{key}={value}: belongs to the stages d2d and d2s, this is pd"),
-            (dict([(key, value), ("teacher", "")]), "stage d2d needs a teacher"),
-            (dict([(key, value), ("teacher", ""), ("stage", "d2s"), ("kd_weight", 0.0)]), "stage d2s needs a teacher"),
-            (dict([(key, value), ("teacher_cache", "cache")]), f"{key}={value} needs the teacher in memory")]
+    elsewhere = f"{key}={value}: belongs to the stages d2d and d2s, this is"
+    BAD += [({key: value, "stage": stage, "teacher": ""}, f"{elsewhere} {stage}") for stage in ("align", "sft")]
+    BAD += [({key: value, "stage": "pd"}, f"{elsewhere} pd"),
+            ({key: value, "teacher": ""}, "stage d2d needs a teacher"),
+            ({key: value, "teacher": "", "stage": "d2s", "kd_weight": 0.0}, "stage d2s needs a teacher"),
+            ({key: value, "teacher_cache": "cache"}, f"{key}={value} needs the teacher in memory")]
 
 
 @pytest.mark.parametrize("change, message", BAD, ids=lambda v: json.dumps(v) if isinstance(v, dict) else "")

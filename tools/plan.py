@@ -189,12 +189,10 @@ def memory(student: Llava, teacher: Llava | None, config: Config, world_size: in
         "Adam's moments, fp32": 8 * adam,
         "low-precision copies of weights": copies,
         "activations": kept,
+        **teacher_states(teacher, config, batch, half),
         f"working memory ({worst})": moments[worst],
         "CUDA, NCCL, cuBLAS": OVERHEAD,
     }
-    if any(config[key] for key in FEATURE_WEIGHTS):                  # kept until the micro-batch is done
-        width = teacher.config.decoder.n_embd
-        items["activations: the teacher's last hidden states"] = half * batch.rows * batch.tokens * width
     if teacher is not None and not config.teacher_cache:
         items["teacher"] = size_of(teacher.parameters()) - (vit if teacher.vision is student.vision else 0)
     return items
@@ -295,6 +293,13 @@ def feature_work(student: Llava, teacher: Llava | None, config: Config, batch: B
     related += 8 * D * (images + batch.targets) * bool(config.affinity_weight)
     related += 8 * D * images * bool(config.relation_weight)
     return left + max(mapped, related)                               # one after the other, and little of it is kept
+
+
+def teacher_states(teacher: Llava | None, config: Config, batch: Batch, half: int) -> dict[str, float]:
+    """Its last hidden states, which the features keep until the micro-batch is done."""
+    if not any(config[key] for key in FEATURE_WEIGHTS):
+        return {}
+    return {"activations: the teacher's states": half * batch.rows * batch.tokens * teacher.config.decoder.n_embd}
 
 
 def mapped_tokens(config: Config, batch: Batch) -> float:

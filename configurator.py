@@ -14,6 +14,7 @@ Also here, since every program needs it: what happens when the user made a mista
 import difflib
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -45,20 +46,32 @@ def expected(where: object, found: object, wanted: str) -> UserError:
 
 def shorten(value: object) -> str:
     """A value as JSON, cut to what fits a one-line message."""
+    return show(value, lambda value: json.dumps(value, default=repr, ensure_ascii=False))
+
+
+def show(value: object, how: Callable = repr, limit: int = 60) -> str:
+    """how(value), cut to what fits a one-line message. It may be a user's own code and fail in any way."""
     try:
-        text = json.dumps(value, default=repr, ensure_ascii=False)
+        text = how(value)
     except RecursionError:
         text = f"a {type(value).__name__} nested hundreds of levels deep"
-    return text if len(text) <= 60 else text[:57] + "..."
+    except Exception:
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
 def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
-    """Run a program's main(argv). A UserError ends the process with one line on stderr and exit code 2."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(doc.strip(), "\n\nSettings and their defaults:\n", *(f"  --{key}={value}\n" for key, value in defaults.items()))
-        sys.exit(0)
+    """Run a program's main(argv).
+
+    What the user or the machine did wrong ends the process with one line on stderr and exit code 2, never a traceback.
+    """
     try:
-        main(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(doc.strip(), "\n\nSettings and their defaults:\n",
+                  *(f"  --{key}={value}\n" for key, value in defaults.items()))
+        else:
+            main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -68,6 +81,29 @@ def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
     except Stopped as reason:
         print(reason, file=sys.stderr)
         sys.exit(reason.exit_code)
+    except BrokenPipeError:                                          # the reader of our output has left: `| head -1`
+        discard_output()
+        sys.exit(141)
+    except OSError as error:                                         # a disk, a permission
+        discard_output()
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def discard_output() -> None:
+    """Send what is still to be printed nowhere, so that nothing fails once more when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def end_quietly(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Ctrl-C while a program is imported, before `run`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_quietly
 
 
 class Config(dict):
@@ -106,20 +142,27 @@ def load_config(defaults: dict, argv: list[str]) -> Config:
 
 def run_config_file(path):
     """Execute a config file by itself and return the names that it sets."""
-    names = {"__file__": path}
+    names, hint = {"__file__": path}, "check the path (a setting is written --key=value)"
     try:
-        with open(path, encoding="utf-8") as file:
-            exec(compile(file.read(), path, "exec"), names)
+        if not os.path.isfile(path) and os.path.exists(path):        # reading a pipe or a device may never end
+            raise OSError(0, "not a file")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as a config file ({error.strerror}); "
-                          "check the path (a setting is written --key=value)") from None
+        raise UserError(f"{path}: cannot be read as a config file ({error.strerror}); {hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as a config file ({error}); {hint}") from None
+    try:
+        exec(compile(text, path, "exec"), names)
+        return {key: value for key, value in names.items() if not key.startswith("_") and not isinstance(value, ModuleType)}
+    except KeyboardInterrupt:
+        raise
     except SyntaxError as error:
         raise UserError(f"{path} line {error.lineno}: syntax error, {error.msg}") from None
-    except Exception as error:  # a program can fail in any way; we blame the last of its own lines that ran
+    except BaseException as error:  # a program can fail or exit in any way; we blame the last of its own lines that ran
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         place = f"{path} line {lines[-1]}" if lines else path
-        raise UserError(f"{place}: {type(error).__name__}, {' '.join(str(error).split())}") from None
-    return {key: value for key, value in names.items() if key[0] != "_" and not isinstance(value, ModuleType)}
+        raise UserError(f"{place}: {type(error).__name__}, {show(error, str, limit=300)}") from None
 
 
 def check_known(key, defaults, where):
@@ -143,6 +186,10 @@ def parse(text, default):
 
 def check_type(value, default, where):
     """The value in the default's type: an int will do for a float, and nothing else is converted."""
+    if type(value) is int and type(default) in (int, float) and abs(value) >= 2**31:
+        raise UserError(f"{where}: found {show(value)}, expected a number below 2,147,483,648")
+    if type(value) is str and ("\0" in value or value.encode(errors="ignore").decode() != value):
+        raise UserError(f"{where}: found {show(value)}, expected UTF-8 text")
     if default is None:
         fits, expected = value is None or type(value) is str, "str or None"
     else:
@@ -151,7 +198,7 @@ def check_type(value, default, where):
         fits, value = True, float(value)
     if not fits:
         choices = " (True or False)" if expected == "bool" else ""
-        raise UserError(f"{where}: found {type(value).__name__} {value!r}, expected {expected}{choices}")
+        raise UserError(f"{where}: found {type(value).__name__} {show(value)}, expected {expected}{choices}")
     return value
 
 

@@ -576,7 +576,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
         write_json(index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):                    # of an earlier save with another number of shards
+    for old in folder.glob("model-[0-9]*-of-[0-9]*.safetensors"):    # of an earlier save with another number of shards
         if old.name not in names:
             old.unlink()
 

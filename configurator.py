@@ -154,7 +154,8 @@ def run_config_file(path):
         raise UserError(f"{path}: cannot be read as a config file ({error}); {hint}") from None
     try:
         exec(compile(text, path, "exec"), names)
-        return {key: value for key, value in names.items() if not key.startswith("_") and not isinstance(value, ModuleType)}
+        return {key: value for key, value in names.items()
+                if not key.startswith("_") and not isinstance(value, ModuleType)}
     except KeyboardInterrupt:
         raise
     except SyntaxError as error:

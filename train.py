@@ -21,6 +21,9 @@ out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per 
 and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit
 (engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
+from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
+from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
+
 import math
 import runpy
 import time
@@ -36,8 +39,6 @@ import torch
 from torch import nn
 
 import data
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
-from configurator import run as run_program
 from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist

@@ -1,10 +1,10 @@
 """
 Reading files that a user gave us, and writing files that survive a crash.
 
-Reading: whatever is wrong with a file ends as one UserError that names it. Writing: a file gets its name only when it is
-complete. It is written under a temporary name next to its place, flushed to the disk, and renamed, which happens entirely
-or not at all; a reader never sees half a file, whenever the process or the machine dies. Folders: a program writes only
-to folders that it made itself, one process at a time.
+Reading: whatever is wrong with a file ends as one UserError that names it. Writing: a file gets its name only when it
+is complete. It is written under a temporary name next to its place, flushed to the disk, and renamed, which happens
+entirely or not at all; a reader never sees half a file, whenever the process or the machine dies. Folders: a program
+writes only to folders that it made itself.
 """
 import errno
 import fcntl
@@ -134,7 +134,8 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
             return
         for name, path in (inputs or {}).items():
             if path and os.path.exists(path) and os.path.samefile(path, folder):
-                raise UserError(f"{folder}: is also the {name} of this run, which would be overwritten; choose another folder")
+                raise UserError(f"{folder}: is also the {name} of this run, and would be overwritten; choose "
+                                "another folder")
         names = sorted(os.listdir(folder))
         found = read_text(folder / MARK).strip() if MARK in names else ""
     if found == owner or not found and names in ([], [MARK]):        # [MARK]: killed while it made the folder
@@ -144,9 +145,9 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
 
 
 def claim(folder: str | Path, owner: str, inputs: dict[str, str | None] | None = None, wait: bool = False) -> None:
-    """Make `folder` the program's own and keep other processes out until this one ends, however it ends, or `release`s it.
+    """Make `folder` the program's own, and keep other processes out until this one ends or calls `release`.
 
-    wait: until another process releases it, instead of a UserError.
+    wait: until another process has released it, instead of a UserError.
     """
     check_owner(folder, owner, inputs)
     path = Path(folder) / MARK

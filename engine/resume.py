@@ -105,8 +105,8 @@ def check_inputs(out_dir: Path, config: Config, inputs: dict[str, str]) -> dict[
     before = (read_run(out_dir) or {"inputs": {}})["inputs"]
     for key, value in inputs.items():
         if before.get(key, value) != value:
-            raise UserError(f"{key}={config[key]}: its content has changed since the run in {out_dir} began; restore it, or "
-                            "choose another out_dir")
+            raise UserError(f"{key}={config[key]}: its content has changed since the run in {out_dir} began; "
+                            "restore it, or choose another out_dir")
     return before | inputs
 
 
@@ -192,11 +192,11 @@ def find_damage(path: Path) -> str:
 def check_state(path: Path, state: dict, trainable: dict[str, nn.Parameter]) -> None:
     """UserError unless a state holds the trainable parameters and no others, in their shapes and dtype."""
     for name in trainable.keys() | state["weights"].keys() | state["adam"].keys():
-        wanted, adam = trainable.get(name), state["adam"].get(name, {})
-        for tensor in (state["weights"].get(name), adam.get("exp_avg"), adam.get("exp_avg_sq")):
-            if tensor is None or wanted is None or "step" not in adam or (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
-                raise UserError(f"{path}: {name} is missing, or is not what this run trains; remove the file to continue "
-                                "from the state before")
+        weight, adam, wanted = state["weights"].get(name), state["adam"].get(name, {}), trainable.get(name)
+        found = [(t.shape, t.dtype) for t in (weight, adam.get("exp_avg"), adam.get("exp_avg_sq")) if t is not None]
+        if wanted is None or "step" not in adam or found != [(wanted.shape, wanted.dtype)] * 3:
+            raise UserError(f"{path}: {name} is missing, or is not what this run trains; remove the file to "
+                            "continue from the state before")
 
 
 def read_state(path: Path) -> dict:
@@ -232,8 +232,8 @@ def write_run(out_dir: Path, config: Config, may_change: list[str], inputs: dict
         versions[package] = importlib.metadata.version(package)
     settings = {key: value for key, value in config.items() if key not in may_change}
     digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
-    record = {"config": dict(config), "inputs": inputs, "digest": digest, "world_size": world_size, "versions": versions,
-              "finished": False}
+    record = {"config": dict(config), "inputs": inputs, "digest": digest, "world_size": world_size,
+              "versions": versions, "finished": False}
     with disk_errors(out_dir / "run.json", note=last_state(out_dir)):
         write_json(out_dir / "run.json", record)
 
@@ -304,7 +304,8 @@ class Stop:
             print(line, flush=True)
         except OSError as error:
             discard_output()
-            self.error = UserError(f"standard output: {error.strerror}; all steps are saved, the same command goes on from there")
+            self.error = UserError(f"standard output: {error.strerror}; all steps are saved, the same command goes "
+                                   "on from there")
 
     def votes(self) -> dict[str, int]:
         votes = {number.name: int(self.signal == number) for number in self.SIGNALS}

@@ -54,14 +54,12 @@ class TeacherCache:
         self.folder, self.n_rows, self.files = Path(folder), n_rows, {}
         self.cache_key = {"version": VERSION} | cache_key
         record = self.folder / "teacher_cache.json"
-        if not os.path.isfile(record):                               # False where is_file() raises
-            if None in cache_key.values():
-                raise UserError(f"{self.folder}: holds no teacher_cache.json, and the teacher that could fill it is "
-                                "not here")
+        can_fill, hint = None not in cache_key.values(), "the teacher that could fill it is not here"
+        if can_fill and not os.path.isfile(record):
             claim(self.folder, OWNER, wait=True)
-        if not record.is_file():                                     # another run may have written it meanwhile
-            write_json(record, self.cache_key)
-        before = read_json(record)
+            if not os.path.isfile(record):                           # another run may have written it meanwhile
+                write_json(record, self.cache_key)
+        before = read_json(record, hint=hint)
         if before.get("version") != VERSION:
             raise UserError(f"{record}: has format version {before.get('version', 1)!r}, this program reads version "
                             f"{VERSION}; choose another teacher_cache folder, or delete this one to fill it again")
@@ -70,6 +68,8 @@ class TeacherCache:
                 raise UserError(f"{record}: was made with {key}={before.get(key)!r}, this run has {key}={value!r}; "
                                 "choose another teacher_cache folder, or delete this one to fill it again")
         self.cache_key = before
+        if not can_fill and self.missing():
+            raise UserError(f"{self.missing()[0][0]}: no such file; {hint}")
 
     def file_from(self, start: int) -> tuple[Path, range]:
         """The file whose first row is `start`, and the rows in it."""
@@ -80,7 +80,7 @@ class TeacherCache:
         return [(path, rows) for path, rows in files if not path.is_file()]
 
     def claim_missing(self) -> list[tuple[Path, range]]:
-        """The missing files. If there are any, other runs wait to fill the folder until this one has called `release`."""
+        """The missing files. If there are any, other runs wait until this one has filled them and calls `release`."""
         if self.missing():
             claim(self.folder, OWNER, wait=True)
         return self.missing()
@@ -91,8 +91,8 @@ class TeacherCache:
     def check(self, rank: int, world_size: int) -> None:
         """UserError unless all files are there, and those that this rank has to read have the right checksum."""
         if missing := self.missing():
-            raise UserError(f"{missing[0][0]}: cannot be seen from this machine; the folder must be one that all machines "
-                            "share")
+            raise UserError(f"{missing[0][0]}: cannot be seen from this machine; the folder must be one that "
+                            "all machines share")
         for start in range(rank * ROWS_PER_FILE, self.n_rows, world_size * ROWS_PER_FILE):
             path, _ = self.file_from(start)
             try:
@@ -177,8 +177,8 @@ def fill(cache: TeacherCache, missing: list[tuple[Path, range]], dataset: RowDat
             defer_worker_deaths()
             tensors, batch_lengths = teacher_targets(batch)
             if any(tensor.isnan().any() for tensor in tensors.values()):
-                raise UserError(f"the teacher's outputs are NaN for {some([dataset.describe(row) for row in batch_rows])}; "
-                                "check its weights")
+                names = [dataset.describe(row) for row in batch_rows]
+                raise UserError(f"the teacher's outputs are NaN for {some(names)}; check its weights")
             split = {name: tensor.cpu().split(batch_lengths) for name, tensor in tensors.items()}
             for i, row in enumerate(batch_rows):
                 outputs[row] = {name: parts[i] for name, parts in split.items()}

@@ -6,6 +6,7 @@ complete. It is written under a temporary name next to its place, flushed to the
 or not at all; a reader never sees half a file, whenever the process or the machine dies.
 """
 import errno
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configurator import UserError, expected
+from configurator import UserError, expected, user_file
 
 
 # -----------------------------------------------------------------------------
@@ -23,14 +24,11 @@ from configurator import UserError, expected
 
 def read_text(path: str | Path, hint: str = "check the path") -> str:
     """A whole UTF-8 file, whatever the locale; a byte order mark at its start is dropped."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
-    except ValueError:
-        raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
+    with user_file(path, hint=hint) as file:
+        try:
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
 
 
 def parse_json(text: str, where: str) -> object:

@@ -139,13 +139,14 @@ ALLOWED = {
     "kd_loss": list(TOKEN_LOSSES), "kd_shift": ["aligned", "late"], "hidden_tokens": ["response", "all"],
     "preference_loss": list(PREFERENCE_LOSSES), "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"],
     "parallel": ["ddp", "fsdp"],
-    **dict.fromkeys(["batch_size", "micro_batch_size", "max_length", "epochs", "learning_rate", "save_every", "log_every",
+    **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
                      "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
     **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "seed", "ce_weight", "kd_weight",
                      *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
     "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
     "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
     "num_workers": ("a number from 0 to 1000", lambda x: 0 <= x <= 1000),
+    "max_length": ("a number from 1 to a million", lambda x: 1 <= x <= 10**6),
 }
 # Settings that may change when an interrupted run is resumed.
 MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",

@@ -9,6 +9,7 @@ writes only to folders that it made itself.
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from configurator import UserError, expected, shorten
+from configurator import UserError, expected, shorten, user_file
 
 
 # -----------------------------------------------------------------------------
@@ -28,14 +29,11 @@ from configurator import UserError, expected, shorten
 
 def read_text(path: str | Path, hint: str = "check the path") -> str:
     """A whole UTF-8 file, whatever the locale; a byte order mark at its start is dropped."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
-    except ValueError:
-        raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
+    with user_file(path, hint=hint) as file:
+        try:
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
 
 
 def parse_json(text: str, where: str) -> object:

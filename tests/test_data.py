@@ -168,7 +168,6 @@ def test_an_empty_answer_is_the_end_token():
     ([{"from": "gpt", "value": "hi"}], 'turn 0 is from "gpt", expected "human"'),
     ([{"from": "system", "value": "hi"}], 'turn 0 is from "system", expected "human"'),
     (turns("a") + turns("b"), 'turn 1 is from "human", expected "gpt"'),
-    (turns("a", "see <image>"), "turn 1 is an answer and contains <image>; images are only allowed in questions"),
     (turns("\ud800"), "the text has a lone surrogate"),
 ])
 def test_bad_conversations(conversation, expected):
@@ -280,7 +279,7 @@ def test_bad_image_files(tmp_path):
                 load_image(str(path))
             line = str(caught.value)
             assert line.startswith(f"{path}: not a readable image") and "\n" not in line
-    with pytest.raises(UserError, match="gone.jpg: no such image file"):
+    with pytest.raises(UserError, match="gone.jpg: no such file"):
         load_image(str(tmp_path / "gone.jpg"))
 
 

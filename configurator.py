@@ -140,7 +140,7 @@ def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
 
     What the user or the machine did wrong ends the process with one line on stderr and exit code 2, not a traceback.
     """
-    for stream in (sys.stdout, sys.stderr):                          # in any locale: what it cannot spell is escaped
+    for stream in filter(None, (sys.stdout, sys.stderr)):            # in any locale: what it cannot spell is escaped
         stream.reconfigure(errors="backslashreplace")
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
@@ -148,7 +148,7 @@ def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
                   *(f"  --{key}={value}\n" for key, value in defaults.items()))
         else:
             main(sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)                                    # what cannot be printed shows here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

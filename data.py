@@ -404,18 +404,6 @@ class Sampler:
             rows[i:i + megabatch] = part[np.argsort(self.lengths[part], kind="stable")]
         return rng.permutation(rows.reshape(self.steps_per_epoch, self.batch_size))
 
-    def state_dict(self) -> dict:
-        """What must be unchanged after a restart, so that a step means the same rows."""
-        return {"seed": self.seed, "rows": len(self.lengths), "batch_size": self.batch_size,
-                "sources": [list(source) for source in self.sources]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Check that the saved sampler is equal to this one; there is nothing else to restore."""
-        for key, value in self.state_dict().items():
-            if state.get(key) != value:
-                raise UserError(f"the interrupted run had {key}={state.get(key)}, this one has {key}={value}; "
-                                "resume with the same data and settings, or start in a new out_dir")
-
 
 def micro_batches(rows: list[int], micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """

@@ -44,7 +44,7 @@ from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder
 from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
-from engine.index import InstructionData, PreferenceData, RowData, parse_sources
+from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
@@ -478,8 +478,7 @@ def save_state(run: Run, step: int) -> None:
     adam = distributed.gather_adam(run.trainable, run.optimizer, run.dist)
     with run.dist.sync_errors():
         if run.dist.rank == 0:
-            state = {"step": step, "weights": weights, "adam": adam, "sampler": run.sampler.state_dict()}
-            resume.write_state(Path(run.config.out_dir), state)
+            resume.write_state(Path(run.config.out_dir), {"step": step, "weights": weights, "adam": adam})
 
 
 def export(run: Run) -> None:
@@ -577,7 +576,6 @@ def setup(config: Config, dist: Dist) -> Run | None:
         state = None
         if state_file:
             state = resume.read_state(state_file)
-            sampler.load_state_dict(state["sampler"])
             first_step = state["step"]
     steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     for line in [*dataset.notes, *filter(None, [note]), *log.introduction(config, student, teacher, len(dataset), dist.world_size)]:
@@ -657,7 +655,7 @@ def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: tor
 def open_cache(config: Config, student: Llava, dataset: RowData, digests: dict[str, str], collate: Callable,
                dist: Dist) -> TeacherCache:
     """The teacher's outputs for all rows. Where some are missing, the teacher is loaded, run on those and freed."""
-    cache_key = {"data": digests["data"], "answers": "preferences" if config.stage == "pd" else "distributions",
+    cache_key = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
                  "dtype": config.dtype, "teacher": digests.get("teacher"), "vocabulary": None}
     if config.stage != "pd":
         cache_key |= {key: config[key] for key in ("kd_tokens", "kd_shift", "kd_temperature", "kd_standardize")}
@@ -701,7 +699,7 @@ def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int
 
 def fingerprints(config: Config, dataset: RowData) -> dict[str, str]:
     """A digest of the content of each input."""
-    found = {"data": dataset.fingerprint}
+    found = {"data": digest([dataset.fingerprint, dataset.sources])}    # sources: the rows and weight of each file
     for key in ("student", "teacher", "vision", "llm"):
         if config[key] and Path(config[key]).is_dir():               # with a teacher_cache, the teacher may be gone
             found[key] = digest_of_folder(config[key])

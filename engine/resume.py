@@ -105,7 +105,7 @@ def check_inputs(out_dir: Path, config: Config, inputs: dict[str, str]) -> dict[
     before = (read_run(out_dir) or {"inputs": {}})["inputs"]
     for key, value in inputs.items():
         if before.get(key, value) != value:
-            raise UserError(f"{key}={config[key]}: its content has changed since the run in {out_dir} began; "
+            raise UserError(f"{key}={config[key]}: has changed since the run in {out_dir} began; "
                             "restore it, or choose another out_dir")
     return before | inputs
 
@@ -208,7 +208,7 @@ def read_state(path: Path) -> dict:
 # Writing
 
 def write_state(out_dir: Path, state: dict) -> None:
-    """`state`: step, weights and adam by parameter name, sampler. Frozen parameters are not in it."""
+    """`state`: step, weights and adam by parameter name. Frozen parameters are not in it."""
     path = out_dir / "state" / f"step_{state['step']:08d}.pt"
     size = sum(t.nbytes for tensors in (state["weights"], *state["adam"].values()) for t in tensors.values())
     with atomic(path, size, last_state(out_dir)) as tmp, open(tmp, "wb") as file:

@@ -30,7 +30,7 @@ from test_train import flags
 def commands(world, folder):
     """What is watched: a run with a teacher cache, whose data is indexed, in folders that do not exist yet."""
     shutil.copy(world / "rows.json", folder / "rows.json")
-    return flags(world, "d2d", folder / "out", max_steps=2, save_every=1, data=folder / "rows.json",
+    return flags(world, "d2d", folder / "out", max_steps=1, data=folder / "rows.json",
                  teacher_cache=folder / "cache")
 
 
@@ -68,14 +68,16 @@ def whole(world, tmp_path_factory):
     return folder, disk.calls
 
 
+NAMED = ("lock", "run.json", "log.jsonl", "teacher_cache.json", "rows-", "step_", "model.safetensors", "index")
+
+
 def one_of_each(calls):
-    """The first and the last operation of each kind on each name."""
-    first, last = {}, {}
-    for number, call in enumerate(calls):
-        key = call[0], Path(call[1]).name.replace("step_00000002", "step_00000001")
-        first.setdefault(key, number)
-        last[key] = number
-    return sorted({*first.values(), *last.values()})
+    """The first operation of each kind on each kind of file, and the very last."""
+    first = {}
+    for number, (operation, path) in enumerate(calls):
+        kind = next((name for name in NAMED if name in path), "another file" if "." in path else path)
+        first.setdefault((operation, kind), number)
+    return [*first.values(), len(calls) - 1]
 
 
 def test_whatever_write_fails_the_run_ends_in_one_line_and_goes_on_later(world, whole, tmp_path):
@@ -96,7 +98,7 @@ def test_whatever_write_fails_the_run_ends_in_one_line_and_goes_on_later(world, 
                 train.main(arguments)
         assert "cannot be written (" in str(caught.value) and "\n" not in str(caught.value), calls[number]
         assert not list(folder.rglob("*.tmp")), calls[number]
-        if i % 4 == 0 or number == numbers[-1]:                      # nothing that a later run stumbles over
+        if i % 6 == 0 or number == numbers[-1]:                      # nothing that a later run stumbles over
             train.main(arguments)
             same(whole[0] / "out", folder / "out")
         shutil.rmtree(folder)
@@ -106,7 +108,7 @@ def test_nothing_gets_its_name_before_it_is_on_the_disk(whole):
     """Every rename is after an fsync of the file and before one of its folder; new folders are flushed as well."""
     calls = whole[1]
     renamed = [i for i, (name, _) in enumerate(calls) if name == "replace"]
-    assert len(renamed) > 20
+    assert len(renamed) >= 14
     for i in renamed:
         path = calls[i][1]
         assert ("fsync", path) in calls[:i], f"{path}: renamed before it was flushed"
@@ -303,7 +305,7 @@ def test_a_complete_cache_is_only_read(world, filled, tmp_path, monkeypatch):
 def test_a_teacher_of_nan_fills_no_cache(world, tmp_path):
     teacher = Llava.from_pretrained(world / "teacher")
     with torch.no_grad():
-        teacher.adaptor.linear_2.bias[0] = torch.nan
+        teacher.adaptor.linear_2.bias[:] = 3e38                      # finite; what is computed from it is not
     teacher.save_pretrained(tmp_path / "teacher")
     with pytest.raises(UserError, match="the teacher's outputs are NaN for .*rows.json row .*; check its weights"):
         train.main(flags(world, "d2d", tmp_path / "out", max_steps=1, teacher_cache=tmp_path / "cache",

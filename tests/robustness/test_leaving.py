@@ -45,6 +45,7 @@ def test_an_interrupt_while_torch_is_imported(program, seconds):
 def ends_with_output_to(file, arguments, nproc=1):
     def work(rank):
         os.dup2(file, 1)
+        sys.stdout = open(1, "w", closefd=False)
         train_py(arguments)(rank)
     return ended(start(nproc, work))
 
@@ -134,9 +135,9 @@ CONFIGS = {
     "raise BaseExceptionGroup('both', [SystemExit(1), ValueError(2)])": "line 1: BaseExceptionGroup, both",
     "raise GeneratorExit": "line 1: GeneratorExit",
     "class Mine(BaseException): pass\nraise Mine('x')": "line 2: Mine, x",
-    "class Odd(Exception):\n    def __str__(self): raise RuntimeError\nraise Odd": "line 3: Odd, a Odd that cannot be shown",
-    UNSHOWN + "steps = _Odd()": "steps: found _Odd a _Odd that cannot be shown, expected int",
-    UNSHOWN + "name = [_Odd()]": "name: found list a list that cannot be shown, expected str",
+    "class Odd(Exception):\n    def __str__(self): raise RuntimeError\nraise Odd": "line 3: Odd, (its str fails: RuntimeError)",
+    UNSHOWN + "steps = _Odd()": "steps: found _Odd (its repr fails: RuntimeError), expected int",
+    UNSHOWN + "name = [_Odd()]": "name: found list (its repr fails: RuntimeError), expected str",
     "open('/no/such/file')": "line 1: FileNotFoundError",
     "raise ValueError('x' * 10_000)": "line 1: ValueError, xxx",
     "f = lambda: f()\nf()": "line 1: RecursionError",
@@ -144,8 +145,8 @@ CONFIGS = {
     "globals()[''] = 4": "unknown key ''",
     "name = 'a\\0b'": "name: found 'a\\x00b', expected UTF-8 text",
     "name = '\\ud800'": "name: found '\\ud800', expected UTF-8 text",
-    "steps = 10**20": "steps: found 100000000000000000000, expected a number below 2,147,483,648",
-    "rate = 10**400": "expected a number below 2,147,483,648",
+    "steps = 10**20": "found int 100000000000000000000, expected int of at most 64 bits",
+    "rate = 10**400": "expected float of at most 64 bits",
     "steps = " + "9" * 5000: "syntax error",
     "name = " + "(" * 1000: "syntax error",
     "name = 'x' * 10_000\nsteps = name": "found str 'xxx",
@@ -166,13 +167,13 @@ def test_a_config_file_is_a_file_of_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")                                     # reading it would never end
     (tmp_path / "latin").write_bytes("name = 'ä'".encode("latin-1"))
     for place in (tmp_path / "pipe", "/dev/zero", tmp_path, tmp_path / "latin", tmp_path / ("n" * 300), "a\0b"):
-        with pytest.raises(UserError, match="cannot be read as a config file"):
+        with pytest.raises(UserError, match="check the path of the config file|line 1: syntax error"):
             load_config(DEFAULTS, [str(place)])
     (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfsteps = 3")     # Windows' editors write a byte order mark
     assert load_config(DEFAULTS, [str(tmp_path / "marked")]).steps == 3
 
 
-@pytest.mark.parametrize("flag", ["--steps=100000000000000000000", "--steps=-3000000000", f"--steps={'9' * 5000}",
+@pytest.mark.parametrize("flag", ["--steps=100000000000000000000", f"--steps={'9' * 5000}",
                                   "--name=a\udcffb", "--name=a\0b"])
 def test_a_flag_that_no_number_or_text_holds(flag):
     with pytest.raises(UserError) as caught:

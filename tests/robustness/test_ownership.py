@@ -16,7 +16,7 @@ from configurator import UserError
 from engine import resume
 from engine.files import check_owner, claim, digest_of_folder, release
 from engine.teacher_cache import OWNER, TeacherCache
-from kill_study import ROOT, ended, start
+from kill_study import FORK, ROOT, ended, start
 from test_train import flags
 
 
@@ -80,8 +80,7 @@ def test_a_folder_of_another_program_is_refused(tmp_path, owner, other):
 def test_an_input_is_never_the_output(world, clip_folder, qwen_folder, tmp_path, key, spelling):
     source = {"student": world / "dense", "teacher": world / "teacher", "vision": clip_folder, "llm": qwen_folder}[key]
     folder = shutil.copytree(source, tmp_path / "input")
-    claim(folder, resume.OWNER)                                      # even where an earlier run made it
-    release(folder)
+    (folder / "lock").write_text(f"{resume.OWNER}\n")                # even where an earlier run made it
     (tmp_path / "link").symlink_to(folder)
     out = {"plain": folder, "link": tmp_path / "link", "dots": folder / ".." / "input", "slash": f"{folder}/"}[spelling]
     settings = {key: folder}
@@ -149,7 +148,10 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_parts_of_a_world_may_be_made_at_once(tmp_path):
     """As speedrun.sh does: several processes find the folder absent, empty or just marked, and all of them own it."""
+    barrier = FORK.Barrier(4)
+
     def work(rank):
+        barrier.wait()
         for i in range(20):
             claim(tmp_path / str(i), "python -m tiny", wait=True)
             release(tmp_path / str(i))
@@ -163,7 +165,10 @@ def test_parts_of_a_world_may_be_made_at_once(tmp_path):
 
 def test_two_runs_that_fill_one_cache(tmp_path):
     """The second waits, and then finds nothing missing."""
+    barrier = FORK.Barrier(4)
+
     def work(rank):
+        barrier.wait()
         cache = TeacherCache(tmp_path / "cache", 10, {"data": "x"})
         for path, _ in cache.claim_missing():
             path.write_text(str(os.getpid()))

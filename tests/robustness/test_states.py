@@ -79,7 +79,7 @@ GIVE_WAY = {      # damage that shows in the file alone: the state before is tak
     "of an older format": (lambda state: state.pop("run"), "KeyError"),
     "no Adam": (lambda state: state.pop("adam"), "KeyError"),
     "weights of another kind": (put([1, 2], "weights"), "AttributeError"),
-    "no place in the data": (put(None, "sampler"), "AttributeError"),
+    "Adam of another kind": (put(7, "adam", NAME), "AttributeError"),
 }
 REFUSED = {       # what only the model shows
     "a weight missing": lambda state: state["weights"].pop(NAME),
@@ -131,7 +131,7 @@ def test_a_state_from_another_runs_folder_is_not_taken(world, whole, out, tmp_pa
         other = dict(data=tmp_path / "longer.json")
     if "student" in other:
         other = dict(student=other_student(world, tmp_path / "other"))
-    train.main(two_steps(world, tmp_path / "elsewhere", **other))
+    train.main(flags(world, **dict(stage="align", out_dir=tmp_path / "elsewhere", max_steps=2, save_every=1) | other))
     shutil.copy(newest(tmp_path / "elsewhere"), newest(out))
     train.main(two_steps(world, out))
     assert f"{newest(out)} is damaged (of another run); continuing from step 1" in capsys.readouterr().out
@@ -167,13 +167,14 @@ def test_inputs_of_other_content_are_refused(world, tmp_path, key):
         stage, inputs["teacher"] = "d2d", shutil.copytree(world / "teacher", tmp_path / "teacher")
     train.main(flags(world, stage, tmp_path / "out", max_steps=1, **inputs))
     unfinish(tmp_path / "out")
-    message = f"{key}={inputs.get(key)}: its content has changed since the run in {tmp_path / 'out'} began"
+    message = f"{key}={inputs.get(key)}: has changed since the run in {tmp_path / 'out'} began"
     if key == "data":
         text = (tmp_path / "rows.json").read_text()
         row = json.loads(text)[5]["conversations"][-1]["value"]
         (tmp_path / "rows.json").write_text(text.replace(json.dumps(row), json.dumps(row[::-1]), 1))
     elif key == "weight":
-        inputs["data"], message = f"{inputs['data']}:0.5", "the interrupted run had sources="
+        inputs["data"] = f"{inputs['data']}:0.5"
+        message = f"data={inputs['data']}: has changed since the run"
     else:
         path = inputs[key] / "model.safetensors"
         content = bytearray(path.read_bytes())
@@ -184,6 +185,15 @@ def test_inputs_of_other_content_are_refused(world, tmp_path, key):
         train.main(flags(world, stage, tmp_path / "out", max_steps=1, **inputs))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("key, value, before", [("seed", 2, 0), ("batch_size", 16, 8), ("learning_rate", 0.5, 0.01),
+                                                ("image_dir", "elsewhere", None), ("max_length", 99, 2048)])
+def test_other_settings_are_another_run(world, out, key, value, before):
+    """Of the settings that change the order of the rows or the numbers, none may change."""
+    before = repr(before) if before is not None else ""
+    with pytest.raises(UserError, match=f"{out} holds a run with {key}={before}.*, this one has {key}={value!r}"):
+        train.main(two_steps(world, out, **{key: value}))
 
 
 def test_an_input_that_comes_or_goes_is_another_run(world, out, clip_folder, qwen_folder):

@@ -9,15 +9,22 @@ flag assigns to one; whatever comes later wins:
 The default's type is the key's type. A mistyped key or value stops the run before it starts, instead of training for
 a day with the default. In a config file, names that start with _ and imported modules are the file's own.
 
-Also here, since every program needs it: what happens when the user made a mistake (`UserError`, `run`).
+Also here, since every program needs them: what happens when the user made a mistake (`UserError`, `run`), and the one way
+to read a file that the user named (`user_file`).
 """
 import difflib
+import errno
 import json
 import math
+import os
+import stat
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 
 class UserError(ValueError):
@@ -49,16 +56,99 @@ def shorten(value: object) -> str:
         text = json.dumps(value, default=repr, ensure_ascii=False)
     except RecursionError:
         text = f"a {type(value).__name__} nested hundreds of levels deep"
-    return text if len(text) <= 60 else text[:57] + "..."
+    except Exception:                                                # of its own __repr__
+        text = f"a {type(value).__name__} that cannot be shown"
+    return cut(text)
 
+
+def spell(value: object, how: Callable[[object], str] = repr, length: int = 60) -> str:
+    """A Python value or error on one line. A config file may hold any object, also one whose repr fails."""
+    try:
+        return cut(" ".join(how(value).split()), length)
+    except Exception as error:
+        return f"(its {how.__name__} fails: {type(error).__name__})"
+
+
+def cut(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[:length - 3] + "..."
+
+
+# -----------------------------------------------------------------------------
+# Reading a file that the user named
+
+@contextmanager
+def user_file(path: str | Path, problem: str = "cannot be read", hint: str = "check the path") -> Iterator[BinaryIO]:
+    """A file that the user named, opened for reading bytes; errors of the block that reads it are handled by `reading`."""
+    with reading(path, problem, hint), open_regular(path) as file:
+        yield file
+
+
+@contextmanager
+def reading(path: object, problem: str = "cannot be read", hint: str = "check the path") -> Iterator[None]:
+    """Whatever goes wrong with the file while the block opens or reads it ends as one UserError: "PATH: PROBLEM (why); HINT"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except Exception as error:                                       # decoders and parsers raise nearly anything
+        raise UserError(f"{path}: {problem} ({why_unreadable(path, error)}); {hint}") from None
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading; ~ is the home folder. A folder, or a pipe or device that could block, is an OSError."""
+    path = os.path.expanduser(path)
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a folder, not a file" if stat.S_ISDIR(mode) else "a pipe or a device, not a file")
+    return open(path, "rb")
+
+
+def why_unreadable(path: object, error: Exception) -> str:
+    """In a few words: what the operating system said, what the file is instead, or what the parser said."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with suppress(Exception), open_regular(path) as file:
+        start = file.read(100).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            return "a git-lfs pointer, not the file itself: git lfs pull fetches it"
+        if start.startswith((b"<!doctype", b"<html")):
+            return "a web page, not the file itself: fetch it again"
+    lines = str(error).strip().splitlines()
+    return cut(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
+
+
+def require_memory(size: int, what: str, device: "torch.device") -> None:
+    """UserError if `size` bytes are more than the machine, or its GPU, has at all: better than to wait for the failure."""
+    if device.type == "cuda":
+        import torch                                                 # here only: settings are read without it
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with suppress(OSError, ValueError):                          # a container's limit; "max" if it has none
+            total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if device.type != "meta" and size > total:
+        raise UserError(f"{what} would take {size / 1e9:,.1f} GB, and there are {total / 1e9:,.1f} GB of memory")
+
+
+# -----------------------------------------------------------------------------
+# Programs
 
 def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
-    """Run a program's main(argv). A UserError ends the process with one line on stderr and exit code 2."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(doc.strip(), "\n\nSettings and their defaults:\n", *(f"  --{key}={value}\n" for key, value in defaults.items()))
-        sys.exit(0)
+    """Run a program's main(argv).
+
+    What the user or the machine did wrong ends the process with one line on stderr and exit code 2, not a traceback.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):            # in any locale: what it cannot spell is escaped
+        stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(doc.strip(), "\n\nSettings and their defaults:\n",
+                  *(f"  --{key}={value}\n" for key, value in defaults.items()))
+        else:
+            main(sys.argv[1:])
+        print(end="", flush=True)                                    # what cannot be printed shows here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -68,6 +158,29 @@ def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
     except Stopped as reason:
         print(reason, file=sys.stderr)
         sys.exit(reason.exit_code)
+    except BrokenPipeError:                                          # the reader of our output has left: `| head -1`
+        discard_output()
+        sys.exit(141)
+    except OSError as error:                                         # a disk, a permission
+        discard_output()
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def discard_output() -> None:
+    """Send what is still to be printed nowhere, so that nothing fails once more when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def end_quietly(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Ctrl-C while a program is imported, before `run`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_quietly
 
 
 class Config(dict):
@@ -101,25 +214,30 @@ def load_config(defaults: dict, argv: list[str]) -> Config:
         if flag != f"--{key}" or not equals:
             raise UserError(f"{arg}: write --{key}=value")
         config[key] = check_type(parse(text, defaults[key]), defaults[key], flag)
+
+    for key, value in config.items():
+        if isinstance(value, str) and key != "prompt":               # "~/data" is a path; a prompt may begin with anything
+            config[key] = os.path.expanduser(value)
     return config
 
 
 def run_config_file(path):
     """Execute a config file by itself and return the names that it sets."""
     names = {"__file__": path}
+    with user_file(path, hint="check the path of the config file (a setting is written --key=value)") as file:
+        source = file.read()
     try:
-        with open(path, encoding="utf-8") as file:
-            exec(compile(file.read(), path, "exec"), names)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a config file ({error.strerror}); "
-                          "check the path (a setting is written --key=value)") from None
+        exec(compile(source, path, "exec"), names)                   # from bytes: Python itself knows a byte order mark
+        return {key: value for key, value in names.items()
+                if not key.startswith("_") and not isinstance(value, ModuleType)}
+    except KeyboardInterrupt:
+        raise
     except SyntaxError as error:
-        raise UserError(f"{path} line {error.lineno}: syntax error, {error.msg}") from None
-    except Exception as error:  # a program can fail in any way; we blame the last of its own lines that ran
+        raise UserError(f"{path} line {error.lineno or 1}: syntax error, {error.msg}") from None
+    except BaseException as error:  # a program can end in any way; we blame the last of its own lines that ran
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         place = f"{path} line {lines[-1]}" if lines else path
-        raise UserError(f"{place}: {type(error).__name__}, {' '.join(str(error).split())}") from None
-    return {key: value for key, value in names.items() if key[0] != "_" and not isinstance(value, ModuleType)}
+        raise UserError(f"{place}: {type(error).__name__}, {spell(error, str, 200)}") from None
 
 
 def check_known(key, defaults, where):
@@ -147,11 +265,15 @@ def check_type(value, default, where):
         fits, expected = value is None or type(value) is str, "str or None"
     else:
         fits, expected = type(value) is type(default), type(default).__name__
-    if type(default) is float and type(value) is int:
+    if type(value) is int and abs(value) >= 2**63:
+        fits, expected = False, f"{expected} of at most 64 bits"
+    elif type(default) is float and type(value) is int:
         fits, value = True, float(value)
     if not fits:
         choices = " (True or False)" if expected == "bool" else ""
-        raise UserError(f"{where}: found {type(value).__name__} {value!r}, expected {expected}{choices}")
+        raise UserError(f"{where}: found {type(value).__name__} {spell(value)}, expected {expected}{choices}")
+    if type(value) is str and ("\0" in value or value.encode(errors="ignore").decode() != value):
+        raise UserError(f"{where}: found {spell(value)}, expected UTF-8 text")
     return value
 
 
@@ -170,4 +292,4 @@ def check_values(config: Config, allowed: dict[str, list | tuple]) -> None:
         else:
             wanted, fits = rule[0], rule[1](config[key])
         if not fits:
-            raise UserError(f"{key} is {config[key]!r}, expected {wanted}")
+            raise UserError(f"{key} is {spell(config[key])}, expected {wanted}")

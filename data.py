@@ -24,8 +24,12 @@ Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. rows to
 import itertools
 import math
 import os
+import re
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,12 +37,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
-from configurator import UserError, shorten
+from configurator import UserError, open_regular, reading, shorten
 
 # -----------------------------------------------------------------------------
 # 1. Conversations to ids and mask
 
 IMAGE = "<image>"  # the place of an image in the text; render repeats it once per patch, as Hugging Face does
+CUT = "\ufdd0"      # a character that Unicode keeps for programs: the text is tokenized in two pieces there, without it
 
 # A template is five strings; {} takes the question or the answer. Supervised: answer + end, nothing else.
 TEMPLATES = {
@@ -68,6 +73,7 @@ def render(conversation: list[dict], tokenizer: Tokenizer, template: str = "vicu
     """
     A conversation -> (ids, mask), two lists of equal length; the mask is 1 on answers and their end tokens.
 
+    In a question, <image> is an image; in an answer it is text like any other.
     A conversation that ends with a question gives a generation prompt: it stops where the answer begins.
     An empty answer is legal: it trains the model to stop at once.
     """
@@ -80,11 +86,10 @@ def render(conversation: list[dict], tokenizer: Tokenizer, template: str = "vicu
     text = layout["start"]
     char_mask = bytearray(len(text))
     for turn in conversation:
-        value = turn["value"].replace(IMAGE, IMAGE * image_tokens)
         if turn["from"] == "human":
-            pieces = [(layout["ask"].format(value), 0)]
+            pieces = [(layout["ask"].format(turn["value"].replace(IMAGE, IMAGE * image_tokens)), 0)]
         else:
-            pieces = [(layout["answer"].format(value) + layout["end"], 1), (layout["after"], 0)]
+            pieces = [(layout["answer"].format(as_text(turn["value"])) + layout["end"], 1), (layout["after"], 0)]
         for piece, supervised in pieces:
             text += piece
             char_mask += bytes([supervised]) * len(piece)
@@ -97,15 +102,27 @@ def render(conversation: list[dict], tokenizer: Tokenizer, template: str = "vicu
     # Tokenize the whole text at once: the ids are then those of Hugging Face's processor. Tokenizing piece by piece
     # differs where pieces merge: a chatml answer that starts with a newline shares one token, "\n\n", with the
     # template's newline. A token is supervised if its first character is.
-    try:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        raise UserError("the text has a lone surrogate (\\ud800 to \\udfff), not a character; remove it") from None
-    return encoding.ids, [char_mask[start] for start, _ in encoding.offsets]
+    ids, mask, start = [], [], 0
+    for piece in text.split(CUT):                                    # one piece, unless there is an <image> that is text
+        try:
+            encoding = tokenizer.encode(piece, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+            raise UserError("the text has a lone surrogate (\\ud800 to \\udfff), not a character; remove it") from None
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(f"the tokenizer cannot encode the text ({error}); correct tokenizer.json") from None
+        ids += encoding.ids
+        mask += [char_mask[start + at] for at, _ in encoding.offsets]
+        start += len(piece) + 1
+    return ids, mask
+
+
+def as_text(value: str) -> str:
+    """Let every <image> in a question be text, not an image: a special token is only found whole."""
+    return value.replace(IMAGE, f"<{CUT}image>")
 
 
 def check_turns(conversation):
-    """Turns are {"from", "value"} and alternate, human first; images are only allowed in questions."""
+    """Turns are {"from", "value"} and alternate, human first."""
     if not isinstance(conversation, list) or not conversation:
         raise UserError(f"found {shorten(conversation)} as a conversation, expected a list of at least one turn")
     for i, turn in enumerate(conversation):
@@ -115,8 +132,6 @@ def check_turns(conversation):
         if turn.get("from") != speaker:
             raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{speaker}\": "
                             "turns alternate human, gpt, human, ...")
-        if speaker == "gpt" and IMAGE in turn["value"]:
-            raise UserError(f"turn {i} is an answer and contains {IMAGE}; images are only allowed in questions")
 
 
 def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
@@ -136,6 +151,9 @@ def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)  # (122, 116, 104), almost 0 after normalization
+MAX_PIXELS = 90_000_000           # of an image; Pillow, too, takes more for a decompression bomb
+MAX_SIDE = math.isqrt(MAX_PIXELS)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # `load_image` has the bound above
 
 
 def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> torch.Tensor:
@@ -145,7 +163,7 @@ def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> to
     CLIP's own recipe scales the short edge to `size` and crops the center, which loses the ends of a wide photo.
     LLaVA-1.5 pads to a square first (pad=True): everything is smaller, but nothing is lost.
     """
-    image = to_rgb(image)
+    image = bound_sides(to_rgb(image), pad)
     width, height = image.size
     if pad and width != height:
         side = max(width, height)
@@ -164,23 +182,44 @@ def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> to
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, S, S)
 
 
+def bound_sides(image, pad):
+    """A very long image, shortened: its padded square, or its resized whole, would take gigabytes. All others as they are."""
+    if pad:
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        return image
+    width, height = image.size
+    x, y = max(0, width - 100 * height) // 2, max(0, height - 100 * width) // 2   # only the middle will be kept
+    return image.crop((x, y, width - x, height - y)) if x or y else image
+
+
 def to_rgb(image):
     """Any PIL mode to RGB. Transparent pixels become white, as in transformers; their hidden color is arbitrary."""
+    if image.mode[0] in "IF":
+        image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def load_image(path: str) -> Image.Image:
+def eight_bits(image):
+    """Gray levels in 16 or 32 bits or as floats, scaled to 8 bits; Pillow's own conversion clips them at 255."""
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    # White is 65535 where the mode says so. "I" and "F" do not say: the smallest usual value that holds all levels.
+    whites = {"I": [255, 65535], "F": [1, 255, 65535]}.get(image.mode, [65535])
+    brightest = levels.max(initial=0)
+    white = next((white for white in whites if brightest <= white), brightest)
+    return Image.fromarray(np.uint8(np.rint(levels.clip(min=0) * (255 / white))))
+
+
+def load_image(source: str | Path | BinaryIO) -> Image.Image:
     """Read and fully decode an image file, as RGB. EXIF rotation is ignored, as in the official code."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image file") from None
-    except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
-        raise UserError(f"{path}: not a readable image ({type(error).__name__}: {error}); replace the file") from None
+    with (reading(source, "not a readable image", "replace the file"),
+          open_regular(source) if isinstance(source, (str, Path)) else source as file, Image.open(file) as image):
+        if image.width * image.height > MAX_PIXELS:                  # known before anything is decoded
+            raise UserError(f"{source}: {image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} in all; "
+                            "replace the file by a smaller one")
+        return to_rgb(image)
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +233,7 @@ def parse_instruction(raw: object) -> tuple[list[str], list[list[dict]]]:
     {"id", "image": name or [names], "conversations": [turns]}, without "image" if there is none.
     """
     check_keys(raw, ["conversations"])
-    return check_row(raw.get("image"), [raw["conversations"]])
+    return check_row(find_image(raw, ["image"]), [raw["conversations"]])
 
 
 def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
@@ -202,12 +241,11 @@ def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
     Two answers to one question -> (image names, [the chosen conversation, the rejected one]).
 
     {"id", "image", "chosen": [turns], "rejected": [turns]}, or RLAIF-V's own columns: "question", "chosen" and
-    "rejected" as plain strings, "image" or "image_path"; the images are then put in front of the question.
+    "rejected" as plain strings; the images are then put in front of the question. "image_path" will do for "image".
     """
     check_keys(raw, ["chosen", "rejected"])
-    image, conversations = raw.get("image"), [raw["chosen"], raw["rejected"]]
+    image, conversations = find_image(raw, ["image", "image_path"]), [raw["chosen"], raw["rejected"]]
     if isinstance(raw["chosen"], str):  # RLAIF-V
-        image = raw["image"] if "image" in raw else raw.get("image_path")
         question = raw.get("question")
         if not isinstance(question, str):
             raise UserError(f'"question" is {shorten(question)}, expected a text, as "chosen" is one')
@@ -228,16 +266,35 @@ def check_keys(raw, keys):
             raise UserError(f'no "{key}", found the keys {shorten(sorted(raw))}')
 
 
+def find_image(raw, keys):
+    """The row's "image", under the first of the keys that is set. A picture under another key would be lost without a word."""
+    for key in keys:
+        if raw.get(key):
+            return raw[key]
+    for key, value in raw.items():
+        if value and isinstance(value, (str, list, dict)) and re.search("image|img|picture|photo", key, re.IGNORECASE):
+            raise UserError(f'"{key}" is {shorten(value)}, but the row has no "image"; name the picture there, or remove "{key}"')
+    return raw.get("image")
+
+
 def check_row(image, conversations):
-    """The row's "image" as a list of names, and its conversations, with one <image> in the text for each name."""
+    """The row's "image" as a list of names, and its conversations, with one <image> in the questions for each name."""
     names = image_names(image)
     for conversation in conversations:
         check_turns(conversation)
-    slots = sum(turn["value"].count(IMAGE) for turn in conversations[0])
+    questions = [turn["value"].strip() for turn in conversations[0][0::2]]
+    slots = sum(question.count(IMAGE) for question in questions)
+    # In a row without images <image> is text, unless it is where LLaVA puts an image: before or after all of the text.
+    if not names and not any(question.startswith(IMAGE) or question.endswith(IMAGE) for question in questions):
+        return names, [without_images(conversation) for conversation in conversations]
     if slots != len(names):
         raise UserError(f"{slots} {IMAGE} in the text but {len(names)} images in the row; "
                         f"each image needs its own {IMAGE}")
     return names, conversations
+
+
+def without_images(conversation: list[dict]) -> list[dict]:
+    return [turn | {"value": as_text(turn["value"])} for turn in conversation]
 
 
 def image_names(value):
@@ -315,6 +372,9 @@ class Sampler:
         self.sources = sources or [(0, len(lengths), 1.0)]
         rows_per_epoch = sum(round(weight * (stop - start)) for start, stop, weight in self.sources)
         self.steps_per_epoch = rows_per_epoch // batch_size  # the remainder is dropped, a different one each epoch
+        if rows_per_epoch > 10**9:
+            raise UserError(f"an epoch has {rows_per_epoch:,} rows, and their order would take {rows_per_epoch * 16 / 1e9:,.0f} GB of "
+                            "memory; lower the weights of the files")
         if self.steps_per_epoch == 0:
             raise UserError(f"an epoch has {rows_per_epoch} rows, fewer than batch_size={batch_size}; "
                             "lower batch_size or add data")
@@ -343,18 +403,6 @@ class Sampler:
             part = rows[i:i + megabatch]
             rows[i:i + megabatch] = part[np.argsort(self.lengths[part], kind="stable")]
         return rng.permutation(rows.reshape(self.steps_per_epoch, self.batch_size))
-
-    def state_dict(self) -> dict:
-        """What must be unchanged after a restart, so that a step means the same rows."""
-        return {"seed": self.seed, "rows": len(self.lengths), "batch_size": self.batch_size,
-                "sources": [list(source) for source in self.sources]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Check that the saved sampler is equal to this one; there is nothing else to restore."""
-        for key, value in self.state_dict().items():
-            if state.get(key) != value:
-                raise UserError(f"the interrupted run had {key}={state.get(key)}, this one has {key}={value}; "
-                                "resume with the same data and settings, or start in a new out_dir")
 
 
 def micro_batches(rows: list[int], micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:

@@ -18,6 +18,8 @@ The dimension key, used by every file of the project:
 
 References: LLaVA-MoD arXiv 2408.15881, LLaVA-1.5 2310.03744, CLIP 2103.00020, Qwen1.5/Qwen2 2407.10671.
 """
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from configurator import require_memory
 from moe import Routing, SparseFFN
 
 
@@ -220,6 +223,7 @@ class KVCache:
     def __init__(self, config: DecoderConfig, row_lengths: torch.Tensor, n_prompt: int, n_new: int, dtype: torch.dtype):
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, len(row_lengths), config.n_kv_head, n_prompt + n_new, head_dim)
+        require_memory(2 * math.prod(shape) * dtype.itemsize, f"max_new_tokens={n_new:,}: its KV cache", row_lengths.device)
         self.k = torch.zeros(shape, dtype=dtype, device=row_lengths.device)   # (n_layer, B, K, slots, Dh)
         self.v = torch.zeros(shape, dtype=dtype, device=row_lengths.device)
         self.row_lengths = row_lengths    # (B,) tokens of each row so far, without padding
@@ -512,14 +516,14 @@ class Llava(nn.Module):
                         device: str | torch.device = "cpu") -> "Llava":
         """Open a LLaVA folder, ours or one of transformers'. Raises UserError."""
         from engine.hf import load_llava
-        return load_llava(Path(path), dtype, device)
+        return load_llava(Path(os.path.expanduser(path)), dtype, device)
 
     @classmethod
     def from_parts(cls, vision_path: str | Path, llm_path: str | Path, seed: int = 0,
                    template: str = "vicuna") -> "Llava":
         """A CLIP folder + a Qwen1.5/Qwen2 folder + a fresh adaptor drawn from `seed`. Raises UserError."""
         from engine.hf import assemble_llava
-        return assemble_llava(Path(vision_path), Path(llm_path), seed, template)
+        return assemble_llava(Path(os.path.expanduser(vision_path)), Path(os.path.expanduser(llm_path)), seed, template)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None,
                         weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -528,7 +532,7 @@ class Llava(nn.Module):
         `weights`: the full parameters by name, if this model holds only shards of them (engine/distributed.py).
         """
         from engine.hf import save_llava
-        save_llava(self, Path(path), dtype, weights)
+        save_llava(self, Path(os.path.expanduser(path)), dtype, weights)
 
 
 def parameter_count(module: nn.Module) -> int:

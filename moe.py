@@ -24,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configurator import UserError
+from configurator import UserError, require_memory
+
+
+MAX_EXPERTS = 1000    # of a layer
 
 
 class Routing(NamedTuple):
@@ -155,6 +158,11 @@ def upcycle(llava: nn.Module, num_experts: int = 4, top_k: int = 2, layers: str 
     if not 1 <= top_k <= num_experts:
         raise UserError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
     chosen = sparse_layers(layers, config.n_layer)
+    weight = llava.decoder.blocks[chosen[0]].ffn.down_proj.weight
+    size = 3 * weight.nbytes * num_experts * len(chosen)
+    require_memory(size, f"num_experts={num_experts:,} in {len(chosen)} layers", weight.device)
+    if num_experts > MAX_EXPERTS:
+        raise UserError(f"num_experts={num_experts:,} would take {size / 1e9:,.1f} GB, expected at most {MAX_EXPERTS:,}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for i in chosen:

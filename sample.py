@@ -9,7 +9,7 @@ Text appears as it is generated. Without --image the conversation is about text 
 import torch
 
 from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run
-from data import load_image, render, transform_image
+from data import as_text, load_image, render, transform_image
 from engine.hf import require_tokenizer
 from model import Llava
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         if not prompt:
             return
         first = "<image>\n" if image is not None and not conversation else ""
-        conversation.append({"from": "human", "value": first + prompt})
+        conversation.append({"from": "human", "value": first + as_text(prompt)})
         reply = answer(llava, conversation, pixel_values, config.max_new_tokens, config.temperature)
         conversation.append({"from": "gpt", "value": reply})
         if config.prompt:
@@ -78,6 +78,8 @@ def next_question() -> str:
     except EOFError:
         print()
         return ""
+    except UnicodeDecodeError:
+        raise UserError("the question is not text in the terminal's encoding") from None
 
 
 if __name__ == "__main__":

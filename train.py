@@ -21,7 +21,9 @@ out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per 
 and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit
 (engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
-import hashlib
+from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
+from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
+
 import math
 import runpy
 import time
@@ -37,16 +39,15 @@ import torch
 from torch import nn
 
 import data
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
-from configurator import run as run_program
 from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
+from engine.files import digest_of_folder
 from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
-from engine.index import InstructionData, PreferenceData, RowData, parse_sources
+from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
-from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, digest_of_folder, fill, top_k
+from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
 from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, hidden_mse,
                     relation_cosine, soften)
 from model import Llava
@@ -138,18 +139,22 @@ ALLOWED = {
     "kd_loss": list(TOKEN_LOSSES), "kd_shift": ["aligned", "late"], "hidden_tokens": ["response", "all"],
     "preference_loss": list(PREFERENCE_LOSSES), "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"],
     "parallel": ["ddp", "fsdp"],
-    **dict.fromkeys(["batch_size", "micro_batch_size", "max_length", "epochs", "learning_rate", "save_every", "log_every",
+    **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
                      "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
-    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "num_workers", "seed", "ce_weight", "kd_weight",
+    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "seed", "ce_weight", "kd_weight",
                      *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
     "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
     "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
+    "num_workers": ("a number from 0 to 1000", lambda x: 0 <= x <= 1000),
+    "max_length": ("a number from 1 to a million", lambda x: 1 <= x <= 10**6),
 }
 # Settings that may change when an interrupted run is resumed.
 MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",
               "log_every", "dry_run"]
-# Settings that may differ from machine to machine; of the files they name, the content must be the same.
-MACHINE_LOCAL = ["student", "teacher", "vision", "llm", "data", "image_dir", "teacher_cache", "device", "num_workers"]
+# What a run is made from: the places may change, the content must stay the same (`fingerprints`).
+INPUTS = ["student", "teacher", "vision", "llm", "data"]
+# Settings that may differ from machine to machine.
+MACHINE_LOCAL = [*INPUTS, "image_dir", "teacher_cache", "device", "num_workers"]
 
 
 # -----------------------------------------------------------------------------
@@ -440,7 +445,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if dist.rank == 0:
             resume.append_log(out_dir, record)
             if step % config.log_every == 0 or step == run.steps:
-                print(log.line(record, run.steps, (time.time() - began) / (step - run.first_step)), flush=True)
+                stop.say(log.line(record, run.steps, (time.time() - began) / (step - run.first_step)))
         if step % config.save_every == 0 or step == run.steps:
             save_state(run, step)
             export(run)
@@ -449,8 +454,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         export(run)
     with dist.sync_errors():
         if dist.rank == 0:
-            resume.write_run(out_dir, config, dist.world_size, finished=True)
-            print(f"{config.stage} done: {out_dir}")
+            resume.finish(out_dir)
+            stop.say(f"{config.stage} done: {out_dir}")
 
 
 def sample_step(run: Run, micro_batches: list[dict], step: int) -> tuple[list[dict], dict[str, int]]:
@@ -472,8 +477,7 @@ def save_state(run: Run, step: int) -> None:
     adam = distributed.gather_adam(run.trainable, run.optimizer, run.dist)
     with run.dist.sync_errors():
         if run.dist.rank == 0:
-            state = {"step": step, "weights": weights, "adam": adam, "sampler": run.sampler.state_dict()}
-            resume.write_state(Path(run.config.out_dir), state)
+            resume.write_state(Path(run.config.out_dir), {"step": step, "weights": weights, "adam": adam})
 
 
 def export(run: Run) -> None:
@@ -537,7 +541,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
     say = print if dist.rank == 0 else lambda *_: None
     dist.assert_same({key: value for key, value in config.items() if key not in MACHINE_LOCAL} | {"torch": torch.__version__})
     out_dir, first_step = Path(config.out_dir), 0
-    finished, state_file, note = dist.broadcast_from_rank0(lambda: resume.begin_or_resume(out_dir, config, MAY_CHANGE))
+    finished, state_file, note = dist.broadcast_from_rank0(
+        lambda: resume.begin_or_resume(out_dir, config, MAY_CHANGE, INPUTS))
     if finished:
         say(f"{out_dir}: this run is finished already; nothing to do")
         return None
@@ -550,11 +555,14 @@ def setup(config: Config, dist: Dist) -> Run | None:
         student.to(dist.device)
         student.decoder.checkpointing = config.checkpointing
     dataset = dist.local_rank0_first(lambda: open_rows(config, student))
-    dist.assert_same(fingerprints(config, dataset))
+    with dist.sync_errors():
+        digests = fingerprints(config, dataset) if dist.local_rank == 0 else {}
+    digests = dist.assert_same(digests)
+    digests = dist.broadcast_from_rank0(lambda: resume.check_inputs(out_dir, config, digests))
     collate = partial(data.collate_pairs if config.stage == "pd" else data.collate, pad_token_id=student.config.pad_token_id)
     rows, teacher, cache = dataset, None, None
     if config.teacher_cache:
-        cache = open_cache(config, student, dataset, collate, dist)
+        cache = open_cache(config, student, dataset, digests, collate, dist)
         rows, collate = RowsWithTeacher(dataset, cache), partial(collate_with_teacher, collate=collate)
     elif config.teacher:
         with dist.sync_errors():
@@ -570,7 +578,6 @@ def setup(config: Config, dist: Dist) -> Run | None:
         state = None
         if state_file:
             state = resume.read_state(state_file)
-            sampler.load_state_dict(state["sampler"])
             first_step = state["step"]
     steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     for line in [*dataset.notes, *filter(None, [note]), *log.introduction(config, student, teacher, len(dataset), dist.world_size)]:
@@ -584,11 +591,12 @@ def setup(config: Config, dist: Dist) -> Run | None:
         eps=config.eps, weight_decay=config.weight_decay)
     with dist.sync_errors():
         if state:
+            resume.check_state(state_file, state, trainable)
             distributed.restore(trainable, optimizer, state["weights"], state["adam"])
         if dist.rank == 0:
-            resume.lock(out_dir)
+            resume.lock(out_dir, first_step)
             resume.go_back(out_dir, first_step)
-            resume.write_run(out_dir, config, dist.world_size, finished=False)
+            resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,
                            config.num_workers, collate, pin_memory=dist.device.type == "cuda")
     return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, batches, first_step,
@@ -646,26 +654,28 @@ def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: tor
     return teacher
 
 
-def open_cache(config: Config, student: Llava, dataset: RowData, collate: Callable, dist: Dist) -> TeacherCache:
+def open_cache(config: Config, student: Llava, dataset: RowData, digests: dict[str, str], collate: Callable,
+               dist: Dist) -> TeacherCache:
     """The teacher's outputs for all rows. Where some are missing, the teacher is loaded, run on those and freed."""
     cache_key = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
-                 "dtype": config.dtype, "teacher": None, "vocabulary": None}
+                 "dtype": config.dtype, "teacher": digests.get("teacher"), "vocabulary": None}
     if config.stage != "pd":
         cache_key |= {key: config[key] for key in ("kd_tokens", "kd_shift", "kd_temperature", "kd_standardize")}
         cache_key |= {"top_k": config.teacher_top_k}
     if Path(config.teacher).is_dir():
         vocab_size = describe_llava(Path(config.teacher)).config.decoder.vocab_size
-        cache_key |= {"teacher": digest_of_folder(config.teacher),
-                      "vocabulary": min(student.config.decoder.vocab_size, vocab_size)}
+        cache_key |= {"vocabulary": min(student.config.decoder.vocab_size, vocab_size)}
     cache = dist.broadcast_from_rank0(lambda: TeacherCache(config.teacher_cache, len(dataset), cache_key))
-    missing = dist.broadcast_from_rank0(cache.missing)
+    missing = dist.broadcast_from_rank0(cache.claim_missing)
     if missing:
         with dist.sync_errors(), autocast(config, dist.device):
             teacher = open_teacher(config, student, getattr(torch, config.dtype), dist.device)
             targets = partial(teacher_targets, teacher, config=config, vocab_size=cache.vocab_size, device=dist.device)
-            fill(missing, dataset, targets, collate, config.micro_batch_size, config.num_workers, dist.rank, dist.world_size)
+            fill(cache, missing, dataset, targets, collate, config.micro_batch_size, config.num_workers, dist.rank,
+                 dist.world_size)
+    cache.release()
     with dist.sync_errors():
-        cache.check_complete()
+        cache.check(dist.rank, dist.world_size)
     return cache
 
 
@@ -690,12 +700,11 @@ def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int
 
 
 def fingerprints(config: Config, dataset: RowData) -> dict[str, str]:
-    """The content of the files that every rank has to read alike."""
-    found = {"data": dataset.fingerprint}
+    """A digest of the content of each input."""
+    found = {"data": digest([dataset.fingerprint, dataset.sources])}    # sources: the rows and weight of each file
     for key in ("student", "teacher", "vision", "llm"):
-        path = Path(config[key]) / "config.json"
-        if config[key] and path.is_file():                           # with a teacher_cache, the teacher may be gone
-            found[f"{key}'s config.json"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        if config[key] and Path(config[key]).is_dir():               # with a teacher_cache, the teacher may be gone
+            found[key] = digest_of_folder(config[key])
     return found
 
 

@@ -97,15 +97,19 @@ class Dist:
                     result = work()
         return result
 
-    def assert_same(self, facts: dict[str, object]) -> None:
-        """Raise a UserError unless all ranks hold the same values, such as settings or digests of files."""
+    def assert_same(self, facts: dict[str, object]) -> dict[str, object]:
+        """Raise a UserError unless all ranks hold the same values, such as settings. -> those of rank 0.
+
+        {} from a rank is not compared: one rank per machine is enough to digest the files that the others share.
+        """
         facts_by_rank = self.all_gather(facts)
         with self.sync_errors():
             for key, value in facts_by_rank[0].items():
                 for rank, other in enumerate(facts_by_rank):
-                    if other.get(key) != value:
+                    if other and other.get(key) != value:
                         raise UserError(f"{key} is {value!r} on rank 0, but {other.get(key)!r} on rank {rank}; "
                                         "every rank has to run the same command on the same files")
+        return facts_by_rank[0]
 
 
 def init_distributed(device: str) -> Dist:

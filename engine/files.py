@@ -1,21 +1,27 @@
 """
 Reading files that a user gave us, and writing files that survive a crash.
 
-Reading: whatever is wrong with a file ends as one UserError that names it. Writing: a file gets its name only when it is
-complete. It is written under a temporary name next to its place, flushed to the disk, and renamed, which happens entirely
-or not at all; a reader never sees half a file, whenever the process or the machine dies.
+Reading: whatever is wrong with a file ends as one UserError that names it. Writing: a file gets its name only when it
+is complete. It is written under a temporary name next to its place, flushed to the disk, and renamed, which happens
+entirely or not at all; a reader never sees half a file, whenever the process or the machine dies. Folders: a program
+writes only to folders that it made itself.
 """
 import errno
+import fcntl
+import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from configurator import UserError, expected
+from configurator import UserError, expected, shorten, user_file
 
 
 # -----------------------------------------------------------------------------
@@ -23,14 +29,11 @@ from configurator import UserError, expected
 
 def read_text(path: str | Path, hint: str = "check the path") -> str:
     """A whole UTF-8 file, whatever the locale; a byte order mark at its start is dropped."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
-    except ValueError:
-        raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
+    with user_file(path, hint=hint) as file:
+        try:
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
 
 
 def parse_json(text: str, where: str) -> object:
@@ -76,7 +79,7 @@ def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bo
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")
     with disk_errors(path, size, note):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             if size is not None and shutil.disk_usage(path.parent).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield tmp
@@ -110,6 +113,97 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+# -----------------------------------------------------------------------------
+# Folders: who may write to one, and what one was made from
+
+MARK = "lock"    # the file that names a folder's owner, and whose lock keeps other processes out
+LOCKS = {}       # folder -> its open lock files; closing one of them would release the lock
+
+
+def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | None = None) -> None:
+    """UserError unless the program `owner` may write to `folder`: it is absent or empty, or `owner` made it earlier.
+
+    So a program never overwrites or removes a file that it did not write. inputs: {name: path} of what the same run
+    reads; none of them may be the folder.
+    """
+    folder = Path(folder)
+    with disk_errors(folder):
+        if not folder.exists():
+            return
+        for name, path in (inputs or {}).items():
+            if path and os.path.exists(path) and os.path.samefile(path, folder):
+                raise UserError(f"{folder}: is also the {name} of this run, and would be overwritten; choose "
+                                "another folder")
+        names = sorted(os.listdir(folder))
+        found = read_text(folder / MARK).strip() if MARK in names else ""
+    if found == owner or not found and names in ([], [MARK]):        # [MARK]: killed while it made the folder
+        return
+    made_by = f"was made by {found}" if found else f"holds files that {owner} did not write ({shorten(names)})"
+    raise UserError(f"{folder}: {made_by}; choose another folder, a new or empty one")
+
+
+def claim(folder: str | Path, owner: str, inputs: dict[str, str | None] | None = None, wait: bool = False) -> None:
+    """Make `folder` the program's own, and keep other processes out until this one ends or calls `release`.
+
+    wait: until another process has released it, instead of a UserError.
+    """
+    check_owner(folder, owner, inputs)
+    path = Path(folder) / MARK
+    with disk_errors(path):
+        make_folder(path.parent)
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # the kernel releases it with the process
+        except (BlockingIOError, PermissionError):
+            if not wait:
+                raise UserError(f"{folder}: another run is writing there; wait for it, end it, or choose another "
+                                "folder") from None
+            print(f"{folder}: another run is writing there; waiting for it", file=sys.stderr)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        LOCKS.setdefault(os.path.realpath(folder), []).append(file)
+        file.seek(0)
+        if not file.read():
+            file.write(f"{owner}\n")
+            file.flush()
+            os.fsync(file.fileno())
+            sync(path.parent)
+
+
+def release(folder: str | Path) -> None:
+    for file in LOCKS.pop(os.path.realpath(folder), []):
+        file.close()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, their names flushed to the disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def digest_of_folder(folder: str | Path) -> str:
+    """A digest of a checkpoint's content: its configs, tokenizer and weights, every byte of them (1.5 GB/s and core).
+
+    Times and the folder's place do not matter, nor do other files in it.
+    """
+    try:
+        paths = [path for path in sorted(Path(folder).iterdir()) if path.is_file() and
+                 (path.name in ("config.json", "generation_config.json", "tokenizer.json")
+                  or path.name.endswith((".safetensors", ".bin", ".index.json")))]
+        with ThreadPoolExecutor() as pool:                           # hashing releases the GIL
+            digests = pool.map(digest_of_file, paths)
+            content = [path.name.encode() + digest for path, digest in zip(paths, digests)]
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror}); check the path") from None
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def digest_of_file(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 class DiskError(UserError):
     """A write that failed, and what to do about it."""
 
@@ -133,7 +227,7 @@ def disk_errors(path: Path, size: int | None = None, note: str = "") -> Iterator
         reason = disk_error(error)
         if reason is None:
             raise
-        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
+        free = shutil.disk_usage(next(filter(os.path.isdir, path.parents), "/")).free
         needs = f"it needs {readable(size)}, " if size is not None else ""
         raise DiskError(f"{path}: cannot be written ({reason}); {needs}{readable(free)} are free there",
                         note or "make room, or choose another folder") from None

@@ -10,6 +10,7 @@ One table of tensor names and one of config keys serve both directions. Reading 
 one, a wrong shape, or a config of another architecture is a UserError that names it.
 """
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,14 +22,18 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 
-from configurator import UserError, expected, shorten
+from configurator import UserError, expected, reading, require_memory, shorten, user_file
 from data import CLIP_MEAN, CLIP_STD, TEMPLATES
 from data import IMAGE as IMAGE_TOKEN
-from engine.files import atomic, read_json, sync, write_json, write_text
+from engine.files import atomic, read_json, read_text, sync, write_json, write_text
 from model import Adaptor, DecoderConfig, Llava, LlavaConfig, VisionConfig
+from moe import MAX_EXPERTS
 
 PAD_TOKEN = "<pad>"
 NOT_A_FOLDER = "is {} a Hugging Face checkpoint folder?"     # what to ask if its config.json is missing
+REFETCH = "fetch or write it again"
+WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+WEIGHT_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # -----------------------------------------------------------------------------
 # Tensor names. Left, our parameter (numbers are {}); right, the published key inside its tower.
@@ -103,8 +108,8 @@ def canonical_key(key: str) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Configs. Left, Hugging Face's key; right, our field and what transformers assumes if the key is missing (None: it must
-# be there), or the only value that this code computes.
+# Configs. Left, Hugging Face's key; right, our field and what transformers assumes if the key is missing (it leaves out
+# what equals its default), or the only value that this code computes.
 
 VISION_CONFIG = {
     "image_size": ("image_size", 224),
@@ -118,7 +123,7 @@ VISION_CONFIG = {
     "num_channels": 3,
 }
 DECODER_CONFIG = {
-    "vocab_size": ("vocab_size", None),
+    "vocab_size": ("vocab_size", 151936),
     "hidden_size": ("n_embd", None),
     "num_hidden_layers": ("n_layer", None),
     "num_attention_heads": ("n_head", None),
@@ -131,6 +136,12 @@ DECODER_CONFIG = {
     "hidden_act": "silu",
     "use_sliding_window": False,
 }
+DECODER_DEFAULTS = {                                                 # of the keys that have None above, by model_type
+    "qwen2": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+              "intermediate_size": 22016},
+    "qwen2_moe": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
+                  "intermediate_size": 5632},
+}
 SPARSE_CONFIG = {                                                    # of a qwen2_moe, on top of the above
     "num_experts": ("num_experts", 60),
     "num_experts_per_tok": ("top_k", 4),
@@ -141,7 +152,8 @@ LLAVA_CONFIG = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
-RANGES = {"n_layer": (1, 1000), "num_experts": (1, 1000), "norm_eps": (0, 10**8)}   # the others: 1 to 10**8
+RANGES = {"n_layer": (1, 1000), "num_experts": (1, MAX_EXPERTS), "norm_eps": (0, 10**8),
+          "image_size": (1, 10**4)}                                  # the others: 1 to 10**8
 
 
 def read_fields(path: Path, config: dict, table: dict, kind: type | None = None) -> dict:
@@ -198,14 +210,14 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
 
 def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     kind = config.get("model_type")
-    if kind not in ("qwen2", "qwen2_moe"):
+    if kind not in list(DECODER_DEFAULTS):
         raise expected(f"{path}: model_type of the language model", kind, '"qwen2" or "qwen2_moe"')
     require(path, "qkv_bias", config.get("qkv_bias", True), True)
-    rope = read_object(path, config, "rope_parameters") or read_object(path, config, "rope_scaling")
+    rope = read_object(path, config, "rope_scaling") or read_object(path, config, "rope_parameters")
     require(path, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
-    config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
-    if config.get("num_key_value_heads") is None:
-        config["num_key_value_heads"] = config.get("num_attention_heads")
+    config = DECODER_DEFAULTS[kind] | config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
 
     decoder = DecoderConfig(**read_fields(path, config, DECODER_CONFIG, DecoderConfig))
     if decoder.n_embd % decoder.n_head:
@@ -226,12 +238,15 @@ def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
         if not isinstance(dense, list):
             raise expected(f"{path}: mlp_only_layers", dense, "a list of layer numbers")
         decoder.sparse_layers = [i for i in range(decoder.n_layer) if step and (i + 1) % step == 0 and i not in dense]
+        if decoder.num_experts * len(decoder.sparse_layers) > 30 * MAX_EXPERTS:   # more take minutes to set up
+            raise expected(f"{path}: num_experts", decoder.num_experts, f"at most {30 * MAX_EXPERTS:,} in all sparse layers "
+                           f"together, of which there are {len(decoder.sparse_layers)}")
     return decoder
 
 
-def read_token_id(path: Path, config: dict, key: str, vocab_size: int) -> int | list[int] | None:
-    """A token id of the model, or of its text_config; None if it is in neither. There may be several end tokens."""
-    value = config["text_config"].get(key) if config.get(key) is None else config[key]
+def read_token_id(places: list[tuple[Path, dict]], key: str, vocab_size: int) -> int | list[int] | None:
+    """A token id from the first config that has it; None if none has. There may be several end tokens."""
+    path, value = next(((path, config[key]) for path, config in places if config.get(key) is not None), (places[0][0], None))
     ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
     if value is not None and not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise expected(f"{path}: {key}", value, f"an id below vocab_size {vocab_size}")
@@ -254,15 +269,23 @@ def read_llava_config(path: Path) -> LlavaConfig:
     embedding_layer = -vision.n_layer - 1                            # hidden state 0, before the first block
     vision.feature_layer = read_value(path, config, "vision_feature_layer", int, -2, least=embedding_layer, most=-1)
     decoder = read_decoder_config(path, config["text_config"])
-    image_key = "image_token_index" if "image_token_index" in config else "image_token_id"
-    image_token_id = read_token_id(path, config, image_key, decoder.vocab_size)
-    if image_token_id is None:
-        raise expected(f"{path}: {image_key}", None, f"an id below vocab_size {decoder.vocab_size}")
     template = config.get("template")
     if template is not None and template not in list(TEMPLATES):
         raise expected(f"{path}: template", template, f"one of {', '.join(TEMPLATES)}")
-    return LlavaConfig(vision, decoder, image_token_id, read_token_id(path, config, "pad_token_id", decoder.vocab_size),
-                       read_token_id(path, config, "eos_token_id", decoder.vocab_size), template)
+
+    generation = path.with_name("generation_config.json")            # which end tokens there are is said here first
+    places = [(path, config), (path, config["text_config"])]
+    generation_places = [(generation, read_json(generation))] if os.path.exists(generation) else []
+    image_key = "image_token_index" if "image_token_index" in config else "image_token_id"
+    image_token_id = read_token_id(places, image_key, decoder.vocab_size)
+    pad_token_id = read_token_id(places + generation_places, "pad_token_id", decoder.vocab_size)
+    eos_token_id = read_token_id(generation_places + places, "eos_token_id", decoder.vocab_size)
+    if image_token_id is None:
+        raise expected(f"{path}: {image_key}", None, f"an id below vocab_size {decoder.vocab_size}")
+    for key, value in [("pad_token_id", [pad_token_id]), ("eos_token_id", eos_token_id)]:
+        if value == image_token_id or isinstance(value, list) and image_token_id in value:
+            raise expected(f"{path}: {key}", image_token_id, f"another id than {image_key}'s")
+    return LlavaConfig(vision, decoder, image_token_id, pad_token_id, eos_token_id, template)
 
 
 def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
@@ -317,6 +340,8 @@ def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
 
 
 def token_of(llava: Llava, token_id: int | list[int] | None) -> str | None:
+    """The name of a token, or of the first of several end tokens."""
+    token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
     return llava.tokenizer.id_to_token(token_id) if isinstance(token_id, int) else None
 
 
@@ -356,16 +381,16 @@ def chat_template(template: str) -> str:
     return "\n".join(f"{{%- set {name} = {json.dumps(string)} -%}}" for name, string in strings.items()) + JINJA
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a language model's folder needs its tokenizer in this form")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:                                       # the tokenizers library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer ({str(error)[:200]})") from None
+    text = read_text(path, "a language model's folder needs its tokenizer in this form")
+    with reading(path, "not a tokenizer", REFETCH):
+        tokenizer = Tokenizer.from_str(text)
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= vocab_size:
+        raise expected(path, last, f"token ids below the vocab_size of config.json, {vocab_size}")
     return tokenizer
 
 
@@ -381,41 +406,41 @@ def require_tokenizer(llava: Llava, folder: str | Path) -> None:
 # -----------------------------------------------------------------------------
 # Reading
 
-def open_weights(path: Path):
+def open_weights(path: Path) -> object:
     """A .safetensors file, opened lazily, or the dict of a .bin file; both have keys()."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, though the index of its folder names it")
-    try:
+    with user_file(path, hint=REFETCH) as file:
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt")
         # openai/clip-vit-large-patch14-336 has only this; weights_only refuses pickled code
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:                                       # safetensors, zipfile and pickle raise many kinds
-        raise UserError(f"{path}: cannot be read ({str(error)[:200]}); fetch or write it again") from None
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: holds other things than tensors by name; save the model's state_dict() there")
+    return tensors
 
 
 def weight_files(folder: Path) -> dict[str, tuple[Path, object]]:
-    """Every tensor of a folder -> its file, path and opened. A single file, or shards with an index."""
-    for path in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if path.is_file():
-            weight_map = read_json(path).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise expected(f"{path}: weight_map", weight_map, "an object")
-            for key, name in weight_map.items():
-                if not isinstance(name, str) or not name or Path(name).name != name:
-                    raise expected(f"{path}: {key}", name, "the name of a file in the same folder")
-            files = {name: open_weights(folder / name) for name in dict.fromkeys(weight_map.values())}
-            held = {(key, name) for name, file in files.items() for key in file.keys()}
-            for key, name in weight_map.items():
-                if (key, name) not in held:
-                    raise UserError(f"{folder / name}: has no tensor {key}, though the index of its folder says so")
-            return {key: (folder / name, files[name]) for key, name in weight_map.items()}
-    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if path.is_file():
-            file = open_weights(path)
-            return {key: (path, file) for key in file.keys()}
-    raise UserError(f"{folder}: no weights here; expected model.safetensors, model.safetensors.index.json or "
-                    "pytorch_model.bin")
+    """Every tensor of a folder -> its file, path and opened. Of several sets of weights, the one that transformers reads."""
+    name = next((name for name in WEIGHTS if os.path.exists(folder / name)), None)
+    if name is None:
+        raise UserError(f"{folder}: no weights here; expected one of {', '.join(WEIGHTS)}")
+    index, names, tensors = {}, [name], {}
+    if name.endswith(".json"):
+        path = folder / name
+        index = read_object(path, read_json(path), "weight_map")
+        for key, name in index.items():
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise expected(f"{path}: {key}", name, "the name of a file in the same folder")
+        names = list(dict.fromkeys(index.values()))
+    for name in names:
+        path, file = folder / name, open_weights(folder / name)
+        for key in file.keys():
+            if key in tensors:
+                raise UserError(f"{path}: holds tensor {key}, which {tensors[key][0].name} holds too; remove the older files")
+            tensors[key] = path, file
+    for key, name in index.items():
+        if key not in tensors or tensors[key][0].name != name:
+            raise UserError(f"{folder / name}: has no tensor {key}, though the index of its folder says so")
+    return tensors
 
 
 def read_tensors(folder: Path, wanted: dict[str, torch.Size],
@@ -435,7 +460,13 @@ def read_tensors(folder: Path, wanted: dict[str, torch.Size],
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor {missing[0]} is missing{more}")
     for name, (path, file, key) in found.items():
-        tensor = file[key] if isinstance(file, dict) else file.get_tensor(key)
+        with reading(path, hint=REFETCH):
+            tensor = file[key] if isinstance(file, dict) else file.get_tensor(key)
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {key} is {kind}, {tensor.layout}, expected dense floating-point weights")
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"{path}: tensor {key} holds NaN or infinite numbers; {REFETCH}")
         if tensor.shape != wanted[name]:
             raise UserError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name])}")
         yield name, tensor
@@ -449,6 +480,8 @@ def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dty
         for name, parameter in getattr(llava, tower).named_parameters():
             key = published_key(tower, name)
             ours[key], shapes[key] = (tower, name), parameter.shape
+    size = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    require_memory(size, f"{folder}: the model that its config.json describes", torch.device(device))
     states = {tower: {} for tower in towers}
     for key, tensor in read_tensors(folder, shapes, rename):
         tower, name = ours[key]
@@ -460,7 +493,9 @@ def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dty
 def describe_llava(folder: Path) -> Llava:
     """A LLaVA folder without its weights: the model on the meta device, with its tokenizer."""
     config = read_llava_config(folder / "config.json")
-    tokenizer = read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    path, tokenizer = folder / "tokenizer.json", None
+    if os.path.exists(path):
+        tokenizer = read_tokenizer(folder, config.decoder.vocab_size)
     if tokenizer is not None and tokenizer.token_to_id(IMAGE_TOKEN) != config.image_token_id:
         raise UserError(f"{folder}: tokenizer.json gives {IMAGE_TOKEN} the id {tokenizer.token_to_id(IMAGE_TOKEN)}, "
                         f"config.json {config.image_token_id}; the two files are not of one checkpoint")
@@ -487,7 +522,7 @@ def describe_parts(vision_folder: Path, llm_folder: Path, template: str) -> Llav
     path = llm_folder / "config.json"
     decoder = read_decoder_config(path, read_json(path, hint=NOT_A_FOLDER.format(llm_folder)))
 
-    tokenizer = read_tokenizer(llm_folder)
+    tokenizer = read_tokenizer(llm_folder, decoder.vocab_size)
     for token in (IMAGE_TOKEN, PAD_TOKEN):                           # the first free ids: Qwen1.5/2's 151646 and 151647
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     end = TEMPLATES[template]["end"]
@@ -576,7 +611,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
         write_json(index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):                    # of an earlier save with another number of shards
+    for old in folder.glob("model-[0-9]*-of-[0-9]*.safetensors"):    # of an earlier save with another number of shards
         if old.name not in names:
             old.unlink()
 

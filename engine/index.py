@@ -26,9 +26,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from configurator import UserError, expected, shorten
+from configurator import UserError, expected, shorten, user_file
 from data import IMAGE, TEMPLATES, load_image, parse_instruction, parse_pair, render, transform_image
 from engine.files import atomic
+
+
+MAX_WEIGHT = 1000    # times that an epoch repeats a file
 
 
 def parse_sources(text: str) -> list[tuple[str, float]]:
@@ -40,16 +43,16 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     """
     sources = []
     for item in text.split(","):
-        path, weight = item.strip(), 1.0
+        path, weight = os.path.expanduser(item.strip()), 1.0
         if not path.endswith((".json", ".jsonl")):
             path, _, number = path.rpartition(":")
             try:
                 weight = float(number)
             except ValueError:
                 weight = math.nan
-            if not path.endswith((".json", ".jsonl")) or not 0 < weight < math.inf:
+            if not path.endswith((".json", ".jsonl")) or not 0 < weight <= MAX_WEIGHT:
                 raise UserError(f"data: found {item!r}, expected FILE.json, FILE.jsonl or FILE.json:WEIGHT "
-                                "with a weight above 0; separate several by commas")
+                                f"with a weight above 0, at most {MAX_WEIGHT:,}; separate several by commas")
         sources.append((path, weight))
     return sources
 
@@ -70,17 +73,10 @@ def read_rows(path: str) -> Iterator[tuple[int, int, object]]:
     (byte offset, byte size, row) of each row of a .json file, which is one list and is read as a whole, or of a .jsonl
     file, which has one row per line. Blank lines, and a byte order mark at the start, do not count.
     """
-    try:
-        with open(path, "rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            yield from (read_lines if path.endswith(".jsonl") else read_list)(path, file)
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def unreadable(path, error):
-    return UserError(f"{path}: cannot be read ({error.strerror}); check the path")
+    with user_file(path) as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        yield from (read_lines if path.endswith(".jsonl") else read_list)(path, file)
 
 
 def read_lines(path, file):
@@ -151,7 +147,7 @@ def malformed(path, text, at, problem, line=1):
 ROW = np.dtype([("offset", "<i8"), ("size", "<i4"),  # of the row's JSON in the file, in bytes
                 ("tokens", "<i4"),  # of the whole row, image tokens included; for a pair, of its longer side
                 ("min_length", "<i4")])
-INDEX_VERSION = 2  # raise it when these numbers are computed differently: all indexes are then built again
+INDEX_VERSION = 3  # raise it when these numbers are computed differently: all indexes are then built again
 
 
 def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.ndarray, dict]:
@@ -163,10 +159,8 @@ def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.nda
     """
     key = digest([INDEX_VERSION, settings])
     index = Path(f"{path}.{key[:8]}.index")
-    try:
-        about = {"cache_key": key, **mtime_size(path)}
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with user_file(path) as file:
+        about = {"cache_key": key, **mtime_size(file.fileno())}
     if os.path.exists(index):
         try:
             rows, saved = load_index(index)
@@ -195,7 +189,8 @@ def save_index(path, rows, about):
 
 
 def load_index(path):
-    line, _, body = path.read_bytes().partition(b"\n")
+    with user_file(path) as file:
+        line, _, body = file.read().partition(b"\n")
     about = json.loads(line)
     if about.pop("checksum") != digest([about, hashlib.sha256(body).hexdigest()]):
         raise ValueError("its checksum is wrong")
@@ -203,18 +198,23 @@ def load_index(path):
 
 
 def measure_rows(path, measure_row):
-    """Yield a ROW for each row of a data file, and report the progress every few seconds."""
-    images = set()  # known to exist
+    """Yield a ROW for each row of a data file, and report the progress every few seconds. All wrong rows are one error."""
+    images, wrong, first = set(), [], ""  # images known to exist; wrong rows, and what is wrong with the first
     file_size, start, reported = os.path.getsize(path), time.time(), time.time()
     for number, (offset, size, raw) in enumerate(read_rows(path)):
         try:
             yield offset, size, *measure_row(raw, images)
         except UserError as error:
-            raise UserError(f"{row_name(path, number, raw)}: {error}") from None
+            first = first or f"{row_name(path, number, raw)}: {error}"
+            wrong.append(number)
         if time.time() - reported > 5:
             reported = time.time()
             print(f"{path}: {number + 1:,} rows indexed, {(number + 1) / (reported - start):,.0f} a second, "
                   f"{offset / file_size:.0%} of the file", file=sys.stderr)
+    if wrong[1:]:
+        first += f"; {len(wrong) - 1:,} more rows are wrong: {', '.join(map(str, wrong[1:6]))}" + ", ..." * (len(wrong) > 6)
+    if wrong:
+        raise UserError(first)
 
 
 def row_name(path, number, raw):
@@ -229,11 +229,8 @@ def mtime_size(file):
 
 
 def sha256_of_file(path):
-    contents = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            contents.update(block)
-    return contents.hexdigest()
+    with user_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value):
@@ -274,7 +271,7 @@ class RowData(torch.utils.data.Dataset):
         self.index = np.concatenate(indexes)
         self.starts = np.cumsum([0, *map(len, indexes)])  # where each file begins in it
         self.kept = self.usable_rows()
-        self.lengths = np.minimum(self.index["tokens"][self.kept], max_length, dtype=np.int32)
+        self.lengths = np.minimum(self.index["tokens"][self.kept], min(max_length, 2**31 - 1), dtype=np.int32)
         bounds = np.searchsorted(self.kept, self.starts).tolist()
         self.sources = [(start, stop, weight) for start, stop, (_, weight) in zip(bounds, bounds[1:], files)]
 
@@ -305,7 +302,8 @@ class RowData(torch.utils.data.Dataset):
         for name in names:  # whether an image can be decoded shows when it is read
             path = os.path.join(self.image_dir, name)
             if path not in images and not os.path.isfile(path):
-                raise UserError(f"image {path!r} does not exist; check image_dir and the name")
+                found = " as a file" if os.path.exists(path) else ""
+                raise UserError(f"image {path!r} does not exist{found}; check image_dir and the name")
             images.add(path)
         if 0 in min_lengths:
             return max(tokens), 0
@@ -320,12 +318,9 @@ class RowData(torch.utils.data.Dataset):
         """The raw row from its file. Opening the file each time is cheap, and works in any worker process."""
         file, _ = self.locate(row)
         path, offset, size = self.paths[file], int(self.index["offset"][row]), int(self.index["size"][row])
-        try:
-            with open(path, "rb", buffering=0) as data:
-                is_unchanged = mtime_size(data.fileno()).items() <= self.abouts[file].items()
-                text = os.pread(data.fileno(), size, offset)
-        except OSError as error:
-            raise unreadable(path, error) from None
+        with user_file(path) as data:
+            is_unchanged = mtime_size(data.fileno()).items() <= self.abouts[file].items()
+            text = os.pread(data.fileno(), size, offset)
         if not is_unchanged:
             raise UserError(f"{path}: changed since it was indexed; start again")
         try:

@@ -1,15 +1,18 @@
 """
 Crash recovery. A run may end at any moment; the same command continues from its last saved state, bit for bit.
 
-    out_dir/run.json                   settings, package versions, and whether the run is finished
+    out_dir/run.json                   settings, inputs, package versions, and whether the run is finished
     out_dir/log.jsonl                  one record per step
     out_dir/state/step_00000300.pt     the trainable parameters after step 300 in fp32, with Adam's two averages
-    out_dir/lock                       keeps a second run out
+    out_dir/lock                       marks the folder as train.py's own, and keeps a second run out
     out_dir/...                        the student as a Hugging Face folder
 
 Files are written atomically (engine/files.py): under a temporary name, flushed to the disk, then renamed. A kill
 leaves the old file or the new one, and perhaps a .tmp that the next start deletes. Disks fail too, so the newest
 state is read through before it is trusted (the format has a checksum per tensor), and the newest two are kept.
+
+A run is told by its settings and by the content of what it reads (data, student, teacher), not by names or times:
+files may move, but a state is continued only by the run that wrote it.
 
 Why a run ends, and what it leaves:
 
@@ -17,43 +20,53 @@ Why a run ends, and what it leaves:
     SIGTERM, SIGINT (Ctrl-C)     the state of the current step: the ranks finish it, save, and stop
     disk full                    the last state, and a line that says how much room is missing
     loss not finite              the last state; the update that would have destroyed the weights is not made
-    broken data                  the state of the step before
+    broken data, a dead worker   the state of the step before
+    nothing reads the output     the state of the current step
 """
-import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import signal
+import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from configurator import Config, Stopped, UserError
-from engine.files import atomic, disk_errors, read_json, write_json, write_text
+from configurator import Config, Stopped, UserError, discard_output
+from engine.files import atomic, check_owner, claim, disk_errors, read_json, sync, write_json, write_text
 from model import Llava
+
+OWNER = "train.py"
 
 
 # -----------------------------------------------------------------------------
 # Starting
 
-def begin_or_resume(out_dir: Path, config: Config, may_change: list[str]) -> tuple[bool, Path | None, str]:
-    """-> (already finished, state to resume from, note for the user). UserError if the settings have changed."""
-    if not (out_dir / "run.json").is_file():
+def begin_or_resume(out_dir: Path, config: Config, may_change: list[str],
+                    inputs: list[str] | None = None) -> tuple[bool, Path | None, str]:
+    """-> (already finished, state to resume from, note for the user). UserError if the settings have changed.
+
+    inputs: the settings that name what the run reads; `check_inputs` compares the content.
+    """
+    inputs = inputs or []
+    check_owner(out_dir, OWNER, {key: config[key] for key in inputs})
+    run = read_run(out_dir)
+    if run is None:
         if saved_states(out_dir):
             raise UserError(f"{out_dir / 'run.json'}: no such file, but {out_dir / 'state'} holds states of a run; "
                             "choose another out_dir, or remove that folder")
         return False, None, ""
-    run = read_json(out_dir / "run.json")
-    before = run.get("config")
-    if not isinstance(before, dict):
-        raise UserError(f"{out_dir / 'run.json'}: has no \"config\"; choose another out_dir, or remove {out_dir}")
+    before = run["config"]
     for key, value in config.items():
-        if key not in may_change and before.get(key) != value:
+        same = bool(before.get(key)) == bool(value) if key in inputs else before.get(key) == value
+        if key not in may_change and not same:
             raise UserError(f"{out_dir} holds a run with {key}={before.get(key)!r}, this one has {key}={value!r}; "
                             "choose another out_dir, or repeat the command that began it")
     if run.get("finished") is True:
@@ -72,48 +85,70 @@ def begin_or_resume(out_dir: Path, config: Config, may_change: list[str]) -> tup
     return False, None, ""
 
 
-LOCK_FILES = []    # kept open: closing a file releases its lock
+def read_run(out_dir: Path) -> dict | None:
+    """What run.json says, None if there is none."""
+    path = out_dir / "run.json"
+    if not path.is_file():
+        return None
+    run = read_json(path)
+    for key in ("config", "inputs"):
+        if not isinstance(run.get(key), dict):
+            raise UserError(f"{path}: has no \"{key}\"; choose another out_dir")
+    return run
 
 
-def lock(out_dir: Path) -> None:
-    """Keep other processes out of the folder until this one ends, however it ends."""
-    with disk_errors(out_dir / "lock", note=last_state(out_dir)):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        file = open(out_dir / "lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # the kernel releases it with the process
-    except OSError:
-        raise UserError(f"{out_dir}: another run is writing there; wait for it, end it, or choose another "
-                        "out_dir") from None
-    LOCK_FILES.append(file)
+def check_inputs(out_dir: Path, config: Config, inputs: dict[str, str]) -> dict[str, str]:
+    """`inputs`: a digest of what each setting names. UserError if the run in out_dir began with other content.
+
+    -> all digests that are known; a teacher whose outputs are cached may be gone.
+    """
+    before = (read_run(out_dir) or {"inputs": {}})["inputs"]
+    for key, value in inputs.items():
+        if before.get(key, value) != value:
+            raise UserError(f"{key}={config[key]}: has changed since the run in {out_dir} began; "
+                            "restore it, or choose another out_dir")
+    return before | inputs
+
+
+def lock(out_dir: Path, step: int) -> None:
+    """Keep other processes out of the folder until this one ends. `step`: of the state that this run starts from.
+
+    While it loaded its model, another run may have ended there: then the folder is not what `begin_or_resume` saw.
+    """
+    claim(out_dir, OWNER)
+    for path in saved_states(out_dir):
+        if step_of(path) > step and not find_damage(path):
+            raise UserError(f"{path}: another run has saved this state in the meantime; repeat the same command")
 
 
 def go_back(out_dir: Path, step: int) -> None:
-    """Undo what was written after `step`: later log records, damaged states, temporary files."""
+    """Undo what was written after `step`: later log records, damaged states, half-written files."""
     log, kept = out_dir / "log.jsonl", []
     with disk_errors(log, note=last_state(out_dir)):
-        remove_tmp(out_dir)
+        for path in [*out_dir.glob("*.safetensors.tmp"), *out_dir.glob("state/*.tmp")]:
+            if OUR_TMP.fullmatch(path.name):                         # of the others, the next write takes the place
+                path.unlink()
         for path in saved_states(out_dir):
             if step_of(path) > step:
                 path.rename(path.with_suffix(".damaged"))
         if not log.is_file():
             return
-        for line in log.read_bytes().decode(errors="replace").splitlines():
+        lines = log.read_bytes().decode(errors="replace").split("\n")
+        for number, line in enumerate(lines, start=1):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                break                                                # the last write was cut short
+            except (ValueError, KeyError, TypeError, RecursionError):
+                if number < len(lines):                              # the last write may have been cut short
+                    print(f"{log} line {number}: damaged, left out: {line[:60]!r}", file=sys.stderr)
         write_text(log, "".join(kept))
-
-
-def remove_tmp(out_dir: Path) -> None:
-    for path in [*out_dir.glob("*.tmp"), *out_dir.glob("state/*.tmp")]:
-        path.unlink()
 
 
 # -----------------------------------------------------------------------------
 # States
+
+OUR_TMP = re.compile(r"(step_\d{8,}\.pt|model(-\d{5}-of-\d{5})?\.safetensors)\.tmp")
+
 
 def saved_states(out_dir: Path) -> list[Path]:
     """Complete states, the newest last."""
@@ -139,12 +174,29 @@ def find_damage(path: Path) -> str:
             bad = archive.testzip()
         if bad:
             return f"checksum of {bad}"
-        state = read_state(path)
+        state, run = read_state(path), read_run(path.parent.parent)
+        if state["step"] != step_of(path):
+            return f"holds step {state['step']!r}"
+        if run is not None and state["run"] != run["digest"]:
+            return "of another run"
+        tensors = {"weights": state["weights"], **state["adam"]}     # by name; Adam's by parameter and kind
+        for name, group in tensors.items():
+            for key, tensor in group.items():
+                if not tensor.isfinite().all() or key == "step" and tensor != state["step"]:
+                    return f"a wrong number in {name}, {key}"
     except Exception as error:                                       # zipfile and pickle raise nearly anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    if not isinstance(state, dict) or not {"step", "weights", "adam", "sampler"} <= state.keys():
-        return "not a state of this program"
-    return "" if state["step"] == step_of(path) else f"holds step {state['step']!r}"
+    return ""
+
+
+def check_state(path: Path, state: dict, trainable: dict[str, nn.Parameter]) -> None:
+    """UserError unless a state holds the trainable parameters and no others, in their shapes and dtype."""
+    for name in trainable.keys() | state["weights"].keys() | state["adam"].keys():
+        weight, adam, wanted = state["weights"].get(name), state["adam"].get(name, {}), trainable.get(name)
+        found = [(t.shape, t.dtype) for t in (weight, adam.get("exp_avg"), adam.get("exp_avg_sq")) if t is not None]
+        if wanted is None or "step" not in adam or found != [(wanted.shape, wanted.dtype)] * 3:
+            raise UserError(f"{path}: {name} is missing, or is not what this run trains; remove the file to "
+                            "continue from the state before")
 
 
 def read_state(path: Path) -> dict:
@@ -156,11 +208,12 @@ def read_state(path: Path) -> dict:
 # Writing
 
 def write_state(out_dir: Path, state: dict) -> None:
-    """`state`: step, weights and adam by parameter name, sampler. Frozen parameters are not in it."""
+    """`state`: step, weights and adam by parameter name. Frozen parameters are not in it."""
     path = out_dir / "state" / f"step_{state['step']:08d}.pt"
     size = sum(t.nbytes for tensors in (state["weights"], *state["adam"].values()) for t in tensors.values())
     with atomic(path, size, last_state(out_dir)) as tmp, open(tmp, "wb") as file:
-        torch.save(state, file)                                      # given a path, it hides the system's error
+        sync(out_dir / "log.jsonl")                                  # no state ahead of the log
+        torch.save(state | {"run": read_run(out_dir)["digest"]}, file)   # given a path, it hides the system's error
     for old in saved_states(out_dir)[:-2]:
         old.unlink()
 
@@ -172,13 +225,22 @@ def write_model(out_dir: Path, student: Llava, dtype: torch.dtype, weights: dict
         student.save_pretrained(out_dir, dtype, weights)
 
 
-def write_run(out_dir: Path, config: Config, world_size: int, finished: bool) -> None:
+def write_run(out_dir: Path, config: Config, may_change: list[str], inputs: dict[str, str], world_size: int) -> None:
+    """`may_change`: settings that do not tell one run from another. "digest" is of all that does."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "tokenizers", "safetensors", "pillow", "numpy", "einops"):
         versions[package] = importlib.metadata.version(package)
-    record = {"config": dict(config), "world_size": world_size, "versions": versions, "finished": finished}
+    settings = {key: value for key, value in config.items() if key not in may_change}
+    digest = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
+    record = {"config": dict(config), "inputs": inputs, "digest": digest, "world_size": world_size,
+              "versions": versions, "finished": False}
     with disk_errors(out_dir / "run.json", note=last_state(out_dir)):
         write_json(out_dir / "run.json", record)
+
+
+def finish(out_dir: Path) -> None:
+    with disk_errors(out_dir / "run.json", note=last_state(out_dir)):
+        write_json(out_dir / "run.json", read_run(out_dir) | {"finished": True})
 
 
 def append_log(out_dir: Path, record: dict) -> None:
@@ -189,6 +251,14 @@ def append_log(out_dir: Path, record: dict) -> None:
 
 # -----------------------------------------------------------------------------
 # Stopping on a signal or an error
+
+def defer_worker_deaths() -> None:
+    """Let the data loader itself report a dead worker process, when its next batch is due.
+
+    torch reports it from a signal handler, in the middle of whatever runs: a step, an update, a save.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
 
 class Stop:
     """This rank's reasons to stop. All ranks stop after the same step: an all-reduce per step sums their votes.
@@ -225,7 +295,17 @@ class Stop:
                 return
             except Exception as error:
                 self.error, item = error, []
+            defer_worker_deaths()
             yield item
+
+    def say(self, line: str) -> None:
+        """Print; a vote if that fails, as with `| head -1` or a full disk."""
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            discard_output()
+            self.error = UserError(f"standard output: {error.strerror}; all steps are saved, the same command goes "
+                                   "on from there")
 
     def votes(self) -> dict[str, int]:
         votes = {number.name: int(self.signal == number) for number in self.SIGNALS}

@@ -324,7 +324,7 @@ def test_bad_settings_end_in_one_line(world, tmp_path):
     refused(world, tmp_path, "temperature is -1.0, expected a non-negative number", temperature=-1)
     refused(world, tmp_path, "max_new_tokens is 64, expected less than max_length", max_new_tokens=64, max_length=64)
     refused(world, tmp_path, "none/config.json: no such file", model=tmp_path / "none")
-    refused(world, tmp_path, "none.json: cannot be read .No such file", data=tmp_path / "none.json")
+    refused(world, tmp_path, "none.json: no such file", data=tmp_path / "none.json")
     assert not list(tmp_path.iterdir())
 
 

@@ -116,7 +116,7 @@ def test_wrong_files(tmp_path, text, expected):
 
 
 def test_missing_file_misplaced_file_and_bare_setting(tmp_path):
-    assert "no_such.py: cannot be read as a config file (No such file or directory)" in message(["no_such.py"])
+    assert "no_such.py: no such file; check the path of the config file" in message(["no_such.py"])
     assert "a setting is written --key=value" in message(["batch_size=3"])
     path = write(tmp_path, "batch_size = 3")
     assert message(["--max_steps=1", path]).startswith(f"{path}: config files come before flags")

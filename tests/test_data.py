@@ -168,7 +168,6 @@ def test_an_empty_answer_is_the_end_token():
     ([{"from": "gpt", "value": "hi"}], 'turn 0 is from "gpt", expected "human"'),
     ([{"from": "system", "value": "hi"}], 'turn 0 is from "system", expected "human"'),
     (turns("a") + turns("b"), 'turn 1 is from "human", expected "gpt"'),
-    (turns("a", "see <image>"), "turn 1 is an answer and contains <image>; images are only allowed in questions"),
     (turns("\ud800"), "the text has a lone surrogate"),
 ])
 def test_bad_conversations(conversation, expected):
@@ -280,7 +279,7 @@ def test_bad_image_files(tmp_path):
                 load_image(str(path))
             line = str(caught.value)
             assert line.startswith(f"{path}: not a readable image") and "\n" not in line
-    with pytest.raises(UserError, match="gone.jpg: no such image file"):
+    with pytest.raises(UserError, match="gone.jpg: no such file"):
         load_image(str(tmp_path / "gone.jpg"))
 
 
@@ -420,18 +419,6 @@ def test_weights():
         assert counts[100:140].sum() == 100 and sorted(set(counts[100:140])) == [2, 3]
         assert (counts[140:] == 1).all()
     assert (epochs[0][:100] != epochs[1][:100]).any()  # another quarter each epoch
-
-
-def test_a_resumed_run_must_have_the_same_order():
-    state = json.loads(json.dumps(Sampler([5] * 20, 4, seed=1, sources=[(0, 20, 0.5)]).state_dict()))
-    Sampler([5] * 20, 4, seed=1, sources=[(0, 20, 0.5)]).load_state_dict(state)
-    for sampler, expected in [
-            (Sampler([5] * 20, 4, seed=2, sources=[(0, 20, 0.5)]), "had seed=1, this one has seed=2"),
-            (Sampler([5] * 20, 5, seed=1, sources=[(0, 20, 0.5)]), "had batch_size=4, this one has batch_size=5"),
-            (Sampler([5] * 21, 4, seed=1, sources=[(0, 21, 0.5)]), "had rows=20, this one has rows=21"),
-            (Sampler([5] * 20, 4, seed=1), "had sources=")]:
-        with pytest.raises(UserError, match=expected):
-            sampler.load_state_dict(state)
 
 
 def test_too_few_rows_and_impossible_sizes():

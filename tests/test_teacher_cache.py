@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import train
 from configurator import UserError
 from engine import teacher_cache
-from engine.teacher_cache import TeacherCache, digest_of_folder, top_k
+from engine.files import digest_of_folder
+from engine.teacher_cache import TeacherCache, top_k
 from model import Llava
 from test_train import flags, records, run
 
@@ -110,7 +111,7 @@ def test_a_cache_in_another_format_is_refused(tmp_path):
     record.write_text(json.dumps({"data": "x", "teacher": "y"}))
     with pytest.raises(UserError) as caught:
         TeacherCache(tmp_path, 10, {"data": "x", "teacher": None})
-    assert str(caught.value) == (f"{record}: has format version 1, this program reads version 2; choose another "
+    assert str(caught.value) == (f"{record}: has format version 1, this program reads version 3; choose another "
                                  "teacher_cache folder, or delete this one to fill it again")
 
 

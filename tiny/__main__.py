@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 
 from configurator import POSITIVE, UserError, check_values, load_config, run
-from engine.files import disk_errors, read_json, write_json
+from engine.files import claim, disk_errors, read_json, release, write_json
 from tiny.benchmarks import write_benchmarks
 from tiny.pretrain import make_language_model, make_vision
 from tiny.report import print_report
 from tiny.rows import write_training_files
 
+OWNER = "python -m tiny"
 PARTS = ["world", "vision", "llm_teacher", "llm_student"]
 DEFAULTS = dict(
     out_dir="data/tiny",
@@ -68,6 +69,8 @@ def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
                                 f"{key}={value}; delete {out_dir} or choose another --out_dir")
         print(f"{part}: made earlier, nothing to do")
         return
+    claim(out_dir, OWNER, wait=True)                                 # other parts may be made there at the same time
+    release(out_dir)
 
     start = time.time()
     with disk_errors(out_dir):
@@ -91,6 +94,7 @@ def make_world(out_dir: Path, seed: int, scale: float) -> dict:
     training_scenes = write_training_files(tmp / "train", sizes, seed)
     write_benchmarks(tmp / "bench", sizes, seed, "plain", training_scenes)
     write_benchmarks(tmp / "bench_unseen", unseen_sizes, seed, "unseen", training_scenes)
+    os.sync()                                                        # thousands of small files, flushed at once
     for name in folders:
         shutil.rmtree(out_dir / name, ignore_errors=True)
         os.replace(tmp / name, out_dir / name)

@@ -34,10 +34,9 @@ import torch
 from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
 from data import IMAGE, image_names, load_image, pad_right, parse_instruction, render, transform_image
 from engine.distributed import Dist, init_distributed
-from engine.files import disk_errors, read_json, write_json, write_lines
+from engine.files import digest_of_folder, disk_errors, read_json, write_json, write_lines
 from engine.hf import describe_llava, require_tokenizer
 from engine.index import read_rows, row_name, sha256_of_file
-from engine.teacher_cache import digest_of_folder
 from model import Llava
 
 DEFAULTS = dict(

@@ -425,9 +425,10 @@ def read_results(out_dir: str | Path, name: str, model: dict) -> dict[str, dict]
     results = read_json(path) if path.exists() else {}
     results = {key: entry for key, entry in results.items() if key in BENCHMARKS and isinstance(entry, dict)}
     for other, entry in results.items():
-        if other != name and not same_model(entry.get("model") or {}, model):
-            raise UserError(f"{path}: holds {other} of the model {entry['model'].get('name')}, and {name} is of "
-                            f"{model['name']}, or its files have changed; choose another --out_dir")
+        theirs = entry.get("model")
+        if other != name and isinstance(theirs, dict) and not same_model(theirs, model):
+            raise UserError(f"{path}: holds {other} of the model {theirs.get('name')}, and {name} is of {model['name']}, "
+                            "or its files have changed; choose another --out_dir")
     return results
 
 

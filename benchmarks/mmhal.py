@@ -50,7 +50,7 @@ class MMHal(Benchmark):
             prompts.append(fill(template, [contents, question.prompt, question.gold["answer"], text], source))
         judge = ChatModel(self.config, Path(self.config.out_dir) / self.name / "judge.jsonl", temperature=0)
         pending = [prompt for prompt in prompts if prompt not in judge.replies]
-        if pending and not judge.url:
+        if pending and not judge.login:
             judge.write_pending(pending)
             note = (f"{len(pending)} answers wait to be judged: give --judge_url and --judge_model, or write each "
                     f'"reply" and the judge\'s name as "model" into {judge.path}; then run again')

@@ -42,7 +42,7 @@ class POPE(Benchmark):
                 if split == "random" and self.files[file] == 3000:
                     hint = "the release of 3,000 rows; LLaVA's question file needs the one of 2,910"
                 raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, {hint}; "
-                                "take both files of the same release")
+                                "both files have to be of one release and spelling")
         return questions
 
     def score(self, texts: list[str]) -> tuple[dict, list[tuple]]:

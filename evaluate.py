@@ -38,7 +38,7 @@ import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
 from benchmarks.paper import markdown, our_row
-from configurator import POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, load_config, run, shorten
+from configurator import POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run, shorten
 from data import IMAGE, load_image, render, transform_image
 from engine.files import disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
 from engine.hf import NOT_A_FOLDER, require_tokenizer
@@ -133,7 +133,7 @@ def score_file(benchmark: Benchmark, config: Config) -> None:
     answered_with = read_json(settings) if settings.exists() else f"{config.answers}, made elsewhere"
     texts, name = read_answers(config.answers, benchmark)
     model = {"name": name, "digest": answered_with.get("model_digest") if settings.exists() else None}
-    with locked(Path(config.out_dir) / benchmark.name):
+    with locked(Path(config.out_dir) / benchmark.name / "lock"):
         report(benchmark, texts, model, answered_with, config)
 
 
@@ -149,7 +149,7 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
     llava = None                                                     # loaded when there is something to answer
     for benchmark in benchmarks:
         folder = Path(config.out_dir) / benchmark.name
-        with locked(folder) if rank == 0 else nullcontext():
+        with locked(folder / "lock") if rank == 0 else nullcontext():
             todo = open_jobs(benchmark, folder, model, config, rank, world_size)
             if todo:
                 llava = llava or load_model(config)
@@ -174,17 +174,17 @@ def load_model(config: Config) -> Llava:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other evaluations out of a folder. However this one ends, the kernel releases its lock."""
-    with disk_errors(folder / "lock"):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other evaluations away while this one holds the file `path`. However it ends, the kernel releases the lock."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            raise UserError(f"{folder}: another evaluation is writing there ({error.strerror}); wait for it, or choose "
-                            "another --out_dir") from None
+            raise UserError(f"{path.parent}: another evaluation is writing there ({error.strerror}); wait for it, or "
+                            "choose another --out_dir") from None
         yield
 
 
@@ -402,7 +402,7 @@ def report(benchmark: Benchmark, texts: dict[object, str], model: dict, answered
         entry = score(benchmark, [texts[question.key] for question in questions], out_dir / benchmark.name) | entry
     entry["protocol"] = {"files": benchmark.files, **benchmark.protocol, "answers": answered_with}
 
-    with locked(out_dir, wait=True):                                 # others may add their numbers
+    with locked(out_dir / "results.lock", wait=True):                # several evaluations may add their numbers
         results = read_results(out_dir, benchmark.name, model) | {benchmark.name: entry}
         row = our_row(results)
         if "AVG" in row:
@@ -423,10 +423,12 @@ def read_results(out_dir: str | Path, name: str, model: dict) -> dict[str, dict]
     """The entries of results.json. They make one row, so the answers to the benchmark `name` must be of their model."""
     path = Path(out_dir) / "results.json"
     results = read_json(path) if path.exists() else {}
-    results = {key: entry for key, entry in results.items() if key in BENCHMARKS and isinstance(entry, dict)}
-    for other, entry in results.items():
-        theirs = entry.get("model")
-        if other != name and isinstance(theirs, dict) and not same_model(theirs, model):
+    results.pop("average", None)
+    for other in [key for key in results if key in BENCHMARKS and key != name]:
+        if not isinstance(results[other], dict):
+            raise expected(f"{path}: {other}", results[other], "a JSON object; remove the file")
+        theirs = results[other].get("model")
+        if isinstance(theirs, dict) and not same_model(theirs, model):
             raise UserError(f"{path}: holds {other} of the model {theirs.get('name')}, and {name} is of {model['name']}, "
                             "or its files have changed; choose another --out_dir")
     return results

@@ -119,6 +119,8 @@ def need(row: object, key: str, kind: type | tuple, where: str):
     if not isinstance(row[key], kind) or isinstance(row[key], bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         raise expected(f'{where}: "{key}"', row[key], " or ".join(each.__name__ for each in kinds))
+    if isinstance(row[key], str) and not row[key].isascii() and row[key].encode(errors="ignore").decode() != row[key]:
+        raise expected(f'{where}: "{key}"', ascii(row[key]), "text without half a surrogate pair")
     return row[key]
 
 

@@ -47,7 +47,7 @@ class MMBench(Benchmark):
         for column in ("index", "question", "A", "B", "answer", "image"):
             if not row.get(column):
                 raise UserError(f"{where}: the column {column} is missing or empty")
-        if not row["index"].isdigit():
+        if not re.fullmatch("[0-9]{1,15}", row["index"]):
             raise UserError(f"{where}: the index should be a whole number, found {row['index'][:40]!r}")
         options = {}
         for letter in "ABCD":

@@ -37,7 +37,8 @@ def lemma(word: str, vocabulary: set[str]) -> str:
 
 # What NLTK's word_tokenize separates from a word, in its order; everything else stays inside: dog—cat, dog.The,
 # bird's-eye and 'dog are single words, and no dog.
-SEPARATE = [(r"([^.])(\.)(?=[\s?!)\";}\]*:@'({\[]|[»”’>]*\s*$)", r"\1 \2 "),    # that ends a sentence
+SEPARATE = [(r"'(?![mtsdn])(\w)\b", r"' \1"),                                             # before a single letter
+            (r"([^.])(\.)(?=[\s?!)\";}\]*:@'({\[]|[»”’>]*\s*$)", r"\1 \2 "),    # that ends a sentence
             (r"[«“‘„`»”’\"]|''", r" \g<0> "),
             (r"([:,])(\D|$)", r" \1 \2"),
             (r"\.{2,}|--|[;@#$%&?!*\[\](){}<>]", r" \g<0> "),

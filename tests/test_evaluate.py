@@ -487,6 +487,9 @@ def test_synonyms_txt_takes_the_place_of_the_built_in_table(tmp_path):
 def endpoint(monkeypatch):
     """endpoint.replies: what comes next, (status, body) each; endpoint.requests: what was sent. No real sleeping."""
     told = SimpleNamespace(replies=[], requests=[], pauses=[])
+    for name in [*os.environ]:                                    # whatever the caller's environment has
+        if name.lower().endswith(("_proxy", "netrc")):
+            monkeypatch.delenv(name)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):

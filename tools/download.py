@@ -183,9 +183,9 @@ def local_path(folder: Path, name: object) -> Path:
         raise UserError(f"the listing has a file {name!r}, not a plain path below --to; nothing was downloaded")
     path = folder.joinpath(*parts)
     for target in (path, part_of(path)):
-        if not target.resolve().is_relative_to(folder.resolve()):
+        if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"{target}: a symbolic link leads out of {folder}; remove it (nothing was downloaded)")
-        if target.exists() and not target.is_file():
+        if os.path.lexists(target) and not target.is_file():
             raise UserError(f"{target}: is in the way, and no file; remove it (nothing was downloaded)")
     return path
 

@@ -38,7 +38,8 @@ import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
 from benchmarks.paper import markdown, our_row
-from configurator import POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run, shorten
+from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run,
+                          shorten)
 from data import IMAGE, load_image, render, transform_image
 from engine.files import disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
 from engine.hf import NOT_A_FOLDER, require_tokenizer
@@ -175,7 +176,7 @@ def load_model(config: Config) -> Llava:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other evaluations away while this one holds the file `path`. However it ends, the kernel releases the lock."""
+    """Keep other evaluations away. However this one ends, the kernel releases the lock."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
@@ -370,8 +371,8 @@ def write_answers(benchmark: Benchmark, folder: Path, config: Config) -> None:
 
 def read_answers(path: str | Path, benchmark: Benchmark) -> tuple[dict[object, str], str | None]:
     """
-    An answer file -> {question key: text}, and the model_id if all rows have the same. Answers may be missing; an answer
-    without its question is an error.
+    An answer file -> {question key: text}, and the model_id if all rows have the same. Answers may be missing; an
+    answer without its question is an error.
     """
     known = {question.key for question in benchmark.questions}
     texts, first_at, models = {}, {}, set()
@@ -429,8 +430,8 @@ def read_results(out_dir: str | Path, name: str, model: dict) -> dict[str, dict]
             raise expected(f"{path}: {other}", results[other], "a JSON object; remove the file")
         theirs = results[other].get("model")
         if isinstance(theirs, dict) and not same_model(theirs, model):
-            raise UserError(f"{path}: holds {other} of the model {theirs.get('name')}, and {name} is of {model['name']}, "
-                            "or its files have changed; choose another --out_dir")
+            raise UserError(f"{path}: holds {other} of the model {theirs.get('name')}, and {name} is of "
+                            f"{model['name']}, or its files have changed; choose another --out_dir")
     return results
 
 

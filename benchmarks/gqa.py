@@ -27,8 +27,8 @@ class GQA(Benchmark):
                                 "take both files of the same release")
         balanced = {id for id, gold in golds.items() if gold.get("isBalanced")}
         if not balanced:
-            raise UserError(f"{self.root / file}: no question has \"isBalanced\": true, and the accuracy is over those; "
-                            "take the file of the official release")
+            raise UserError(f'{self.root / file}: no question has "isBalanced": true, and the accuracy is over those; '
+                            "take the official file")
         absent = balanced - {question.key for question in questions}
         if absent:
             raise UserError(f"{self.root / file}: {len(absent):,} balanced questions are not in the question file "

@@ -14,7 +14,7 @@ import requests
 from benchmarks.common import need
 from configurator import Config, UserError
 from engine.files import read_rows, write_lines
-from engine.http import FAILURES, Login
+from engine.http import FAILURES, Login, proxies
 
 RETRY_AFTER = (1, 2, 4, 8)            # seconds, for errors that may pass
 TIMEOUT = 60
@@ -57,7 +57,9 @@ class ChatModel:
             except requests.Timeout:
                 problem = f"no reply within {TIMEOUT} s"
             except FAILURES as error:
-                problem = f"no reply ({type(error).__name__})"
+                problem = f"no reply ({type(error).__name__}; check the address{proxies()})"
+                if isinstance(error, ValueError):
+                    break             # an address or a proxy that cannot work
             else:
                 reply = completion(response)
                 if reply is not None:

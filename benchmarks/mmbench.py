@@ -117,7 +117,7 @@ def parse(text: str, options: dict[str, str]) -> str | None:
     tokens = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in tokens]
     if FAILURE in text:
-        tokens = letters = []                                        # the texts of the options are looked for all the same
+        tokens = letters = []                                        # but the texts of the options count
     elif any(refusal in text for refusal in REFUSALS):
         return "Z"
     if len(letters) == 1:

@@ -41,8 +41,8 @@ class POPE(Benchmark):
                 hint = f"which asks {near[0]!r} there" if near else "which has nothing about that image"
                 if split == "random" and self.files[file] == 3000:
                     hint = "the release of 3,000 rows; LLaVA's question file needs the one of 2,910"
-                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, {hint}; "
-                                "both files have to be of one release and spelling")
+                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, "
+                                f"{hint}; both files have to be of one release and spelling")
         return questions
 
     def score(self, texts: list[str]) -> tuple[dict, list[tuple]]:

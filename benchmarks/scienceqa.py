@@ -71,8 +71,9 @@ class ScienceQA(Benchmark):
 
 def parse(text: str) -> str | None:
     """
-    "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a", "A" with a space
-    or newline around it, and a text with two verdicts are failures, None. A letter beyond the choices is simply wrong.
+    "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a", "A" with a
+    space or newline around it, and a text with two verdicts are failures, None. A letter beyond the choices is simply
+    wrong.
     """
     if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
         return text[0]

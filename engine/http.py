@@ -59,3 +59,9 @@ def read_key(variable: str) -> str:
         raise UserError(f"{variable}: holds a line break or a character that is not ASCII, which no HTTP header can "
                         "carry; set it again, without quotes")
     return key
+
+
+def proxies() -> str:
+    """The proxy that the environment sets, as part of a message; its address may hold a password."""
+    names = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
+    return f" and the proxy of {', '.join(names)}" if names else ""

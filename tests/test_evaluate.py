@@ -571,11 +571,10 @@ def test_mmhal_with_a_broken_judge_keeps_what_it_has(replies, message, tmp_path,
 def test_mmhal_with_a_judge_that_never_replies(tmp_path, endpoint, capsys, monkeypatch):
     def timeout(*args, **kwargs):
         raise judge.requests.Timeout
-    monkeypatch.setattr(judge.requests, "post", timeout)
-    assert shell(mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=m"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(judge.requests, "post", timeout)
+        assert shell(mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=m"]) == 2
     assert "no reply within 60 s" in capsys.readouterr().err and endpoint.pauses == [1, 2, 4, 8]
-    monkeypatch.undo()
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
     assert shell(mmhal(tmp_path) + ["--judge_url=http://127.0.0.1:1", "--judge_model=m"]) == 2
     assert "ConnectionError" in capsys.readouterr().err
     assert shell(mmhal(tmp_path) + ["--judge_url=nonsense", "--judge_model=m"]) == 2
@@ -723,7 +722,7 @@ MISTAKES = {  # name -> (benchmark, file, change, what the line has to say)
                      "which asks 'Is there a cow in the image?' there; both files have to be of one release"),
     "pope newer release": ("pope", "pope/coco/coco_pope_random.json",
                            lambda t: t.replace("a cat", "a cow") + "".join(
-                               json.dumps({"image": f"{i}.jpg", "text": "?", "label": "no"}) + "\n" for i in range(2996)),
+                               json.dumps({"image": f"{i}", "text": "?", "label": "no"}) + "\n" for i in range(2996)),
                            "the release of 3,000 rows; LLaVA's question file needs the one of 2,910"),
     "pope other image": ("pope", "pope/coco/coco_pope_random.json", lambda t: t.replace('"1.png"', '"3.png"'),
                          "which has nothing about that image"),

@@ -33,7 +33,7 @@ import requests
 
 from configurator import Stopped, UserError, expected, load_config, run
 from engine.files import disk_errors, readable
-from engine.http import FAILURES, Login
+from engine.http import FAILURES, Login, proxies
 
 DEFAULTS = dict(
     model="",                   # a model on the Hub, such as Qwen/Qwen1.5-1.8B
@@ -105,8 +105,8 @@ class Repository:
     def advice(self, status: int) -> str:
         refused = f"check the name; if {self.page} is private or gated, accept its terms there and set HF_TOKEN"
         if self.login.key:
-            refused = ("the server does not accept HF_TOKEN, which may be expired or revoked: renew it, or unset it for a "
-                       "public repository")
+            refused = ("the server does not accept HF_TOKEN, which may be expired or revoked: renew it, or unset it "
+                       "for a public repository")
         return {
             401: refused,
             403: f"HF_TOKEN may not read this; accept the terms on {self.page} with that account, or use another token",
@@ -150,12 +150,6 @@ def read_entry(entry: dict) -> File | None:
     if type(content["size"]) is not int or content["size"] < 0 or not isinstance(content["oid"], str):
         raise TypeError("not a size and a hash")
     return File(entry["path"], content["size"], content is not entry, content["oid"])
-
-
-def proxies() -> str:
-    """The proxy that the environment sets, as part of a message; its address may hold a password."""
-    names = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and os.environ[name]]
-    return f" and the proxy of {', '.join(names)}" if names else ""
 
 
 def choose(files: list[File], patterns: list[str]) -> list[File]:
@@ -383,7 +377,7 @@ def main(argv: list[str]) -> None:
     repository = Repository(name, endpoint, bool(config.dataset), config.revision)
     try:
         listing = repository.files()
-        paths = {file.name: local_path(Path(config.to), file.name) for file in listing}   # all, before any is downloaded
+        paths = {file.name: local_path(Path(config.to), file.name) for file in listing}      # all, before any is fetched
         for file in choose(listing, patterns):
             fetch(repository, file, paths[file.name])
     except KeyboardInterrupt:

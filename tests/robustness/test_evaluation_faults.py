@@ -1,7 +1,7 @@
 """
 Evaluation under bad conditions: models that cannot be scored, changed or mixed models, two evaluations at once, full
-disks, damaged answer files, servers that repeat a secret, Ctrl-C, means over nothing. Each ends in a correct number or in
-one line, and what was answered before is kept.
+disks, damaged answer files, servers that repeat a secret, Ctrl-C, means over nothing. Each ends in a correct number or
+in one line, and what was answered before is kept.
 
     python -m pytest tests/robustness/test_evaluation_faults.py
 """
@@ -23,8 +23,8 @@ import sample
 from benchmarks import judge
 from benchmarks.common import mean, percent
 from configurator import UserError
-from test_evaluate import (FOLDERS, Scripted, endpoint, flags, gqa, lines, mmbench, mmhal, one_line, picture, put,  # noqa: F401
-                           results, said, scripted, shell, vizwiz)
+from test_evaluate import (FOLDERS, Scripted, endpoint, flags, gqa, lines, mmbench, mmhal, one_line,  # noqa: F401
+                           picture, put, results, said, scripted, shell, vizwiz)
 
 
 def script_of(answers):
@@ -57,7 +57,8 @@ def forked(work, *args):
 def tiny_gqa(tmp_path_factory):
     """A GQA folder in the words of the tests' tokenizer."""
     root = tmp_path_factory.mktemp("gqa")
-    put(root / "gqa/llava_gqa_testdev_balanced.jsonl", [{"question_id": "1", "image": "n.png", "text": "is there a red cup ?"}])
+    question = {"question_id": "1", "image": "n.png", "text": "is there a red cup ?"}
+    put(root / "gqa/llava_gqa_testdev_balanced.jsonl", [question])
     put(root / "gqa/data/testdev_balanced_questions.json", {"1": {"answer": "yes", "isBalanced": True}})
     put(root / "gqa/data/images/n.png", picture())
     return root
@@ -68,7 +69,8 @@ def evaluate_model(model, data, out, *more):
                   "--max_new_tokens=2", *more])
 
 
-@pytest.mark.parametrize("value, dtype", [(torch.nan, "float32"), (torch.inf, "float32"), (-torch.inf, "bfloat16"), (1e6, "float16")])
+@pytest.mark.parametrize("value, dtype", [
+    (torch.nan, "float32"), (torch.inf, "float32"), (-torch.inf, "bfloat16"), (1e6, "float16")])
 def test_a_model_of_wrong_numbers_is_not_scored(value, dtype, world, tiny_gqa, tmp_path, capsys):
     shutil.copytree(world / "sparse", tmp_path / "m")
     weights = load_file(tmp_path / "m/model.safetensors")
@@ -113,8 +115,8 @@ def without_template(folder):
 
 
 @pytest.mark.parametrize("change", [
-    lambda folder: (folder / "tokenizer.json").unlink(), without_template, lambda folder: (folder / "config.json").unlink(),
-    lambda folder: (folder / "model.safetensors").unlink(), shutil.rmtree,
+    lambda folder: (folder / "tokenizer.json").unlink(), without_template,
+    lambda folder: (folder / "config.json").unlink(), lambda folder: (folder / "model.safetensors").unlink(), shutil.rmtree,
     lambda folder: put(folder / "config.json", "version https://git-lfs.github.com/spec/v1\n")])
 def test_whatever_does_not_open_is_named_as_by_sample(change, world, tiny_gqa, tmp_path, capsys):
     shutil.copytree(world / "dense", tmp_path / "m")
@@ -295,8 +297,9 @@ def test_the_umask_decides_who_may_read(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Damaged files
 
-NO_ANSWERS = [b"5", b'"x"', b"{}", b"[]", b"null", b"[" * 100_000, b"7" * 5000, b'{"job": [1], "text": "a"}', b'{"job": "x"}',
-              b'{"job": null, "text": "a"}', b'{"job": "JOB", "text": 5}', b'{"job": "JOB", "text": null}', b"\xff\xfe\x00", b"",
+NO_ANSWERS = [b"5", b'"x"', b"{}", b"[]", b"null", b"[" * 100_000, b"7" * 5000,
+              b'{"job": [1], "text": "a"}', b'{"job": "x"}', b'{"job": null, "text": "a"}', b'{"job": "JOB", "text": 5}',
+              b'{"job": "JOB", "text": null}', b"\xff\xfe\x00", b"",
               b'{"job": "JOB", "te', b'{"job": "JOB", "text": "\\ud800"}', b"NaN", b"\xef\xbb\xbf{}"]
 
 
@@ -326,7 +329,8 @@ def test_edited_answer_files_give_a_number_or_one_line(tmp_path, capsys):
     config = evaluate.load_config(evaluate.DEFAULTS, command)
     benchmark, path, draw = evaluate.open_benchmark("gqa", config), tmp_path / "gqa.jsonl", random.Random(0)
     original = path.read_bytes()
-    pieces = [b"null", b"1e999", b"NaN", b"[]", b"{}", b'"', b"\\", b"\\ud800", b"\x00", b"\xff", b"\n", b",", b"-0", b"9" * 400, b"true"]
+    pieces = [b"null", b"1e999", b"NaN", b"[]", b"{}", b'"', b"\\", b"\\ud800", b"\x00", b"\xff", b"\n",
+              b",", b"-0", b"9" * 400, b"true"]
     ends = {"number": 0, "line": 0}
     for _ in range(1000):
         content = bytearray(original)
@@ -359,7 +363,8 @@ def test_a_bomb_in_a_table(tmp_path, scripted, capsys):
 
 
 @pytest.mark.parametrize("change, needle", [
-    (lambda t: t.replace("\n1\t", "\n²\t"), "row 1: the index"), (lambda t: t.replace("\n1\t", "\n" + "1" * 5000 + "\t"), "row 1: the index"),
+    (lambda t: t.replace("\n1\t", "\n²\t"), "row 1: the index"),
+    (lambda t: t.replace("\n1\t", "\n" + "1" * 5000 + "\t"), "row 1: the index"),
     (lambda t: t.replace("iVBOR", "iV\0OR", 1), "row 1"), (lambda t: t.replace("Which 1?", '"Which 1?', 1), "tsv"),
     (lambda t: t.split("\n")[0] + "\n", "is empty"), (lambda t: "\n" + t, "is missing"), (lambda t: "", "is empty")])
 def test_damaged_tables(change, needle, tmp_path, capsys):
@@ -399,7 +404,8 @@ def written(folder):
 
 
 @pytest.mark.parametrize("replies, code", [
-    ([(401, f"wrong key: Bearer {KEY}")], 2), ([(500, f"{KEY} " * 9)] * 5, 2), ([(200, json.dumps({"error": KEY}))] * 5, 2),
+    ([(401, f"wrong key: Bearer {KEY}")], 2), ([(500, f"{KEY} " * 9)] * 5, 2),
+    ([(200, json.dumps({"error": KEY}))] * 5, 2),
     ([said(f"I was asked with {KEY}. Rating: 4")] * 3, 0)])
 def test_a_judge_that_repeats_the_key(replies, code, tmp_path, endpoint, capsys, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
@@ -419,7 +425,8 @@ def test_a_password_in_the_judges_address(tmp_path, endpoint, capsys, monkeypatc
     shown = capsys.readouterr()
     assert "Geheim" not in shown.out + shown.err + written(tmp_path)
     assert endpoint.requests[0][1] == "Basic " + base64.b64encode(b"me:Geheim/1").decode()
-    for wrong in ("htp://me:Geheim@host", "me:Geheim@host/v1", "http://me:Geheim@", "http://me:Geheim@[::1", "http://a:Geheim@b:99999"):
+    for wrong in ("htp://me:Geheim@host", "me:Geheim@host/v1", "http://me:Geheim@", "http://me:Geheim@[::1",
+                  "http://a:Geheim@b:99999"):
         assert shell(mmhal(tmp_path) + [f"--judge_url={wrong}", "--judge_model=m"]) == 2
         assert "Geheim" not in (line := capsys.readouterr().err) and "--judge_url" in line and line.count("\n") == 1
 
@@ -466,30 +473,33 @@ def test_replies_of_another_judge_stay(tmp_path, endpoint):
 # Means over nothing
 
 
+def edit(path, change):
+    put(path, change(path.read_text()))
+
+
 def test_nothing_has_no_mean():
     assert mean([]) is None and percent(0, 0) is None and mean([0.0]) == 0 and percent(0, 3) == 0
 
 
 @pytest.mark.parametrize("name, without, number, others", [
-    ("scienceqa", lambda root: put(root / "scienceqa/problems.json", (root / "scienceqa/problems.json").read_text().replace(
+    ("scienceqa", lambda root: edit(root / "scienceqa/problems.json", lambda text: text.replace(
         '"image": "image.png"', '"image": null')), "accuracy", {"accuracy_all": 60}),
-    ("mmbench", lambda root: put(root / "mmbench/mmbench_dev_en_20231003.tsv", "\n".join(
-        line for line in (root / "mmbench/mmbench_dev_en_20231003.tsv").read_text().split("\n") if line[1:2] != "\t")),
-     "vanilla_accuracy", {"questions": 2}),
-    ("mme", lambda root: put(root / "MME/llava_mme.jsonl", "".join(
-        line + "\n" for line in (root / "MME/llava_mme.jsonl").read_text().splitlines() if "code" in line)),
-     "percentage", {"cognition": 0}),
-    ("amber", lambda root: put(root / "AMBER/data/query/query_all.json",
-                               json.loads((root / "AMBER/data/query/query_all.json").read_text())[1:]), "chair", {"f1": 66.6}),
-    ("amber", lambda root: put(root / "AMBER/data/query/query_all.json",
-                               json.loads((root / "AMBER/data/query/query_all.json").read_text())[:1]), "f1", {"chair": 33.3}),
+    ("mmbench", lambda root: edit(root / "mmbench/mmbench_dev_en_20231003.tsv", lambda text: "\n".join(
+        line for line in text.split("\n") if line[1:2] != "\t")), "vanilla_accuracy", {"questions": 2}),
+    ("mme", lambda root: edit(root / "MME/llava_mme.jsonl", lambda text: "".join(
+        line + "\n" for line in text.splitlines() if "code" in line)), "percentage", {"cognition": 0}),
+    ("amber", lambda root: edit(root / "AMBER/data/query/query_all.json", lambda text: json.dumps(json.loads(text)[1:])),
+     "chair", {"f1": 66.6}),
+    ("amber", lambda root: edit(root / "AMBER/data/query/query_all.json", lambda text: json.dumps(json.loads(text)[:1])),
+     "f1", {"chair": 33.3}),
 ])
 def test_no_number_without_rows(name, without, number, others, tmp_path, capsys):
     command, _ = answer_file(name, tmp_path)
     without(tmp_path)
     questions = evaluate.open_benchmark(name, evaluate.load_config(evaluate.DEFAULTS, command)).questions
     keys = {question.key if isinstance(question.key, str) else question.key[0] for question in questions}
-    put(tmp_path / f"{name}.jsonl", [each for each in lines(tmp_path / f"{name}.jsonl") if str(each["question_id"]) in keys])
+    answers = lines(tmp_path / f"{name}.jsonl")
+    put(tmp_path / f"{name}.jsonl", [each for each in answers if str(each["question_id"]) in keys])
     assert shell(command) == 0
     entry = results(tmp_path)[name]
     assert entry[number] is None and {key: entry[key] for key in others} == others

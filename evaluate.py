@@ -16,28 +16,34 @@ out_dir receives
     NAME/scored.jsonl   how the rule read it: {"question_id", "text", "parsed", "gold", "score"}
     results.json        the numbers (percentages out of 100), each with the protocol that made it
     results.md          our numbers below the paper's
-The same command continues an interrupted run.
+The same command continues an interrupted run. An out_dir belongs to one model; several evaluations of that model may
+write to it at once.
 """
 import difflib
+import fcntl
 import hashlib
 import importlib
 import io
 import json
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import Benchmark, Question
+from benchmarks.common import Benchmark, Question, need
 from benchmarks.paper import markdown, our_row
-from configurator import POSITIVE, NON_NEGATIVE, Config, UserError, check_values, load_config, run
-from data import load_image, render, transform_image
-from engine.files import read_json, read_rows, write_json, write_lines, write_text
-from engine.hf import require_tokenizer
+from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run,
+                          shorten)
+from data import IMAGE, load_image, render, transform_image
+from engine.files import disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
+from engine.hf import NOT_A_FOLDER, require_tokenizer
+from engine.teacher_cache import digest_of_folder
 from model import Llava
 
 DEFAULTS = dict(
@@ -83,10 +89,14 @@ def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
     check(config)
     benchmarks = [open_benchmark(name, config) for name in config.benchmark.split(",")]
-    if config.answers:
-        score_file(benchmarks[0], config)
-    else:
-        answer_and_score(benchmarks, config)
+    try:
+        if config.answers:
+            score_file(benchmarks[0], config)
+        else:
+            answer_and_score(benchmarks, config)
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; the answers so far are kept in {config.out_dir}, the same command continues",
+                      exit_code=130) from None
 
 
 def check(config: Config) -> None:
@@ -108,7 +118,9 @@ def check(config: Config) -> None:
         raise UserError("--objhal_extract=True needs the chat model: give --judge_url and --judge_model")
     check_values(config, {
         "batch_size": POSITIVE, "max_new_tokens": NON_NEGATIVE, "vizwiz_split": ["val", "test"],
-        "dtype": ["", "float32", "bfloat16", "float16"]})
+        "device": ["", "cpu", "cuda"], "dtype": ["", "float32", "bfloat16", "float16"]})
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no GPU here; use --device=cpu")
 
 
 def open_benchmark(name: str, config: Config) -> Benchmark:
@@ -120,7 +132,10 @@ def open_benchmark(name: str, config: Config) -> Benchmark:
 def score_file(benchmark: Benchmark, config: Config) -> None:
     settings = Path(config.answers).with_name("settings.json")       # of the run that made the answers, if it was ours
     answered_with = read_json(settings) if settings.exists() else f"{config.answers}, made elsewhere"
-    report(benchmark, read_answers(config.answers, benchmark), answered_with, config)
+    texts, name = read_answers(config.answers, benchmark)
+    model = {"name": name, "digest": answered_with.get("model_digest") if settings.exists() else None}
+    with locked(Path(config.out_dir) / benchmark.name / "lock"):
+        report(benchmark, texts, model, answered_with, config)
 
 
 def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
@@ -131,22 +146,47 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
     if world_size > 1 and config.device == "cuda":
         config.device = f"cuda:{os.environ['LOCAL_RANK']}"
 
+    model = {"name": str(Path(config.model)), "digest": digest_of_model(config)}
     llava = None                                                     # loaded when there is something to answer
     for benchmark in benchmarks:
         folder = Path(config.out_dir) / benchmark.name
-        todo = open_jobs(benchmark, folder, config, rank, world_size)
-        if todo:
-            if llava is None:
-                llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), config.device).eval()
-                require_tokenizer(llava, config.model)
-            generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
-        barrier(world_size)
-        if rank == 0:
-            if not (folder / "answers.jsonl").exists():
-                write_answers(benchmark, folder, config)
-            texts = read_answers(folder / "answers.jsonl", benchmark)
-            report(benchmark, texts, read_json(folder / "settings.json"), config)
-        barrier(world_size)
+        with locked(folder / "lock") if rank == 0 else nullcontext():
+            todo = open_jobs(benchmark, folder, model, config, rank, world_size)
+            if todo:
+                llava = llava or load_model(config)
+                generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
+            barrier(world_size)
+            if rank == 0:
+                if not (folder / "answers.jsonl").exists():
+                    write_answers(benchmark, folder, config)
+                texts, _ = read_answers(folder / "answers.jsonl", benchmark)
+                report(benchmark, texts, model, read_json(folder / "settings.json"), config)
+            barrier(world_size)
+
+
+def load_model(config: Config) -> Llava:
+    llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), config.device).eval()
+    require_tokenizer(llava, config.model)
+    for name, parameter in llava.named_parameters():
+        if not bool(parameter.isfinite().all()):                     # its answers would be scored like any others
+            raise UserError(f"{config.model}: {name} is not finite in {config.dtype}; the checkpoint is of a run that "
+                            "diverged, or needs another --dtype")
+    return llava
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other evaluations away. However this one ends, the kernel releases the lock."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise UserError(f"{path.parent}: another evaluation is writing there ({error.strerror}); wait for it, or "
+                            "choose another --out_dir") from None
+        yield
 
 
 # -----------------------------------------------------------------------------
@@ -174,31 +214,34 @@ def job_id(question: Question, root: Path) -> str:
     return hashlib.sha256(hashlib.sha256(image).digest() + question.model_prompt.encode()).hexdigest()[:32]
 
 
-def answer_settings(benchmark: Benchmark, config: Config) -> dict:
+def digest_of_model(config: Config) -> str:
+    """What the model is: the content of its folder, whatever its name and its files' times."""
+    read_json(Path(config.model) / "config.json", hint=NOT_A_FOLDER.format(config.model))
+    return digest_of_folder(config.model)
+
+
+def answer_settings(benchmark: Benchmark, model: dict, config: Config) -> dict:
     """
     All that the answers depend on, kept next to them in settings.json. An interrupted run is continued, and finished
     answers are reused, only if nothing here has changed, the weights and the questions included.
     """
-    model = Path(config.model)
-    weights = sorted(model.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"--model: {model} holds no *.safetensors file; give the folder of a checkpoint")
-    written = time.gmtime(max(file.stat().st_mtime for file in weights))
     jobs = "".join(job_id(question, benchmark.root) for question in benchmark.questions)
-    return {"model": str(model), "weights_written": time.strftime("%Y-%m-%d %H:%M:%S", written),
+    return {"model": model["name"], "model_digest": model["digest"],
             "questions": hashlib.sha256(jobs.encode()).hexdigest()[:12],
             "suffix": benchmark.suffix, **benchmark.prompt_settings, "crop": config.crop, "beams": 1, "temperature": 0,
             "max_new_tokens": benchmark.max_new_tokens, "dtype": config.dtype}
 
 
-def open_jobs(benchmark: Benchmark, folder: Path, config: Config, rank: int, world_size: int) -> dict[str, Question]:
+def open_jobs(benchmark: Benchmark, folder: Path, model: dict, config: Config, rank: int,
+              world_size: int) -> dict[str, Question]:
     """{job: question} still to be answered, the same on every rank; {} if answers.jsonl is complete."""
-    settings, path = answer_settings(benchmark, config), folder / "settings.json"
+    settings, path = answer_settings(benchmark, model, config), folder / "settings.json"
     earlier = read_json(path) if path.exists() else settings
     for key in settings | earlier:
-        if settings.get(key) != earlier.get(key):
-            raise UserError(f"{folder}: holds answers made with {key} {earlier.get(key)!r}, this run has "
-                            f"{settings.get(key)!r}; remove the folder or choose another --out_dir")
+        if key != "model" and settings.get(key) != earlier.get(key):     # another name of the same model is no change
+            raise UserError(f"{folder}: holds answers made with {key} {shorten(earlier.get(key))}, this run has "
+                            f"{shorten(settings.get(key))}; remove the folder or choose another --out_dir")
+    read_results(config.out_dir, benchmark.name, model)
     if (folder / "answers.jsonl").exists():
         if rank == 0:
             print(f"{benchmark.name}: already answered in {folder / 'answers.jsonl'}")
@@ -206,6 +249,9 @@ def open_jobs(benchmark: Benchmark, folder: Path, config: Config, rank: int, wor
     for question in benchmark.questions:
         if isinstance(question.image, Path) and not question.image.is_file():
             raise UserError(f"{question.where}: image {question.image} does not exist; check --data")
+        if IMAGE in question.model_prompt:
+            raise UserError(f"{question.where}: the question holds {IMAGE}, the place of an image; its image goes "
+                            "first, so remove it")
 
     barrier(world_size)                                              # every rank has read the earlier settings, if any
     if rank == 0:
@@ -240,7 +286,7 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
 
     started = last_print = time.time()
     path = folder / f"answers.partial.{rank}.jsonl"
-    with ThreadPoolExecutor() as pool, open(path, "a", encoding="utf-8") as partial:
+    with ThreadPoolExecutor() as pool:
         images = start_loading(pool, batches[0], model.vision.image_size, config.crop) if batches else []
         for i, batch in enumerate(batches):
             pixel_values = None
@@ -253,10 +299,11 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
             input_ids = torch.tensor(padded, device=config.device)                            # (B, T)
             output = llava.generate(input_ids, pixel_values, benchmark.max_new_tokens)        # (B, new)
 
-            for (_, job, _), new in zip(batch, output.tolist()):
-                text = tokenizer.decode(new, skip_special_tokens=True).strip()   # end token and padding are special
-                partial.write(json.dumps({"job": job, "text": text}, ensure_ascii=False) + "\n")
-            partial.flush()
+            with disk_errors(path, note="make room; what is answered is kept, the same command continues"), \
+                    open(path, "a", encoding="utf-8") as partial:
+                for (_, job, _), new in zip(batch, output.tolist()):
+                    text = tokenizer.decode(new, skip_special_tokens=True).strip()   # end token and padding are special
+                    partial.write(json.dumps({"job": job, "text": text}, ensure_ascii=False) + "\n")
 
             if rank == 0 and (time.time() - last_print > 5 or i + 1 == len(batches)):
                 last_print, seconds = time.time(), time.time() - started
@@ -283,13 +330,13 @@ def load_pixels(question: Question, size: int, crop: bool) -> torch.Tensor:
 
 
 def read_partial_answers(path: Path) -> dict[str, str]:
-    """{job: text}. If a run was killed, the last line may be cut off; its job is done again."""
+    """{job: text}. The last line of a killed run may be cut off. A line that is no answer is done again."""
     answers = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            row = json.loads(line)
-            answers[row["job"]] = row["text"]
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path))
+            answers[need(row, "job", str, "")] = need(row, "text", str, "")
+        except UserError:
             continue
     return answers
 
@@ -322,10 +369,13 @@ def write_answers(benchmark: Benchmark, folder: Path, config: Config) -> None:
 # -----------------------------------------------------------------------------
 # Scoring and reporting
 
-def read_answers(path: str | Path, benchmark: Benchmark) -> dict[object, str]:
-    """An answer file -> {question key: text}. Answers may be missing; an answer without its question is an error."""
+def read_answers(path: str | Path, benchmark: Benchmark) -> tuple[dict[object, str], str | None]:
+    """
+    An answer file -> {question key: text}, and the model_id if all rows have the same. Answers may be missing; an
+    answer without its question is an error.
+    """
     known = {question.key for question in benchmark.questions}
-    texts, first_at = {}, {}
+    texts, first_at, models = {}, {}, set()
     for i, (where, row) in enumerate(read_rows(path)):
         key, text = benchmark.read_answer(row, where, i)
         shown = " ".join(key) if isinstance(key, tuple) else key
@@ -335,14 +385,17 @@ def read_answers(path: str | Path, benchmark: Benchmark) -> dict[object, str]:
             raise UserError(f"{where}: question {shown} is none of the {len(known):,} of {benchmark.name}; "
                             "is this the answer file of another benchmark or release?")
         texts[key], first_at[key] = text, where
-    return texts
+        models.add(str(row.get("model_id", "")))
+    return texts, models.pop() or None if len(models) == 1 else None
 
 
-def report(benchmark: Benchmark, texts: dict[object, str], answered_with: dict | str, config: Config) -> None:
+def report(benchmark: Benchmark, texts: dict[object, str], model: dict, answered_with: dict | str,
+           config: Config) -> None:
     """Score one benchmark: scored.jsonl, its entry in results.json, results.md, and a line on the screen."""
     out_dir, questions = Path(config.out_dir), benchmark.questions
+    read_results(out_dir, benchmark.name, model)                     # before a judge is paid
     missing = [question.id for question in questions if question.key not in texts]
-    entry = {"rows": len(questions), "missing": len(missing)}
+    entry = {"rows": len(questions), "missing": len(missing), "model": model}
     if missing:                                                      # an average over the answers present is no result
         entry["refused"] = (f"{len(missing):,} of {len(questions):,} questions have no answer "
                             f"(first: question_id {missing[0]!r})")
@@ -350,22 +403,44 @@ def report(benchmark: Benchmark, texts: dict[object, str], answered_with: dict |
         entry = score(benchmark, [texts[question.key] for question in questions], out_dir / benchmark.name) | entry
     entry["protocol"] = {"files": benchmark.files, **benchmark.protocol, "answers": answered_with}
 
-    path = out_dir / "results.json"
-    results = read_json(path) if path.exists() else {}
-    results[benchmark.name] = entry
-    results.pop("average", None)
-    row = our_row(results)
-    if "AVG" in row:
-        results["average"] = row["AVG"]
-    write_json(path, results)
-    write_text(out_dir / "results.md", markdown(row))
+    with locked(out_dir / "results.lock", wait=True):                # several evaluations may add their numbers
+        results = read_results(out_dir, benchmark.name, model) | {benchmark.name: entry}
+        row = our_row(results)
+        if "AVG" in row:
+            results["average"] = row["AVG"]
+        write_json(out_dir / "results.json", results)
+        write_text(out_dir / "results.md", markdown(row))
 
     if missing:
         source = config.answers or out_dir / benchmark.name / "answers.jsonl"
         raise UserError(f"{source}: {entry['refused']}; no {benchmark.name} number without them")
     rates = [f"{name} {value:.2f}" for name, value in entry.items() if isinstance(value, float)]
+    rates += [f"no {name}, since no row counts for it" for name, value in entry.items() if value is None]
     counts = f"{entry['rows']:,} rows, {entry['unparsed']:,} unparsed"
     print(f"{benchmark.name}: {entry.get('note') or ', '.join(rates)} ({counts})", flush=True)
+
+
+def read_results(out_dir: str | Path, name: str, model: dict) -> dict[str, dict]:
+    """The entries of results.json. They make one row, so the answers to the benchmark `name` must be of their model."""
+    path = Path(out_dir) / "results.json"
+    results = read_json(path) if path.exists() else {}
+    results.pop("average", None)
+    for other in [key for key in results if key in BENCHMARKS and key != name]:
+        if not isinstance(results[other], dict):
+            raise expected(f"{path}: {other}", results[other], "a JSON object; remove the file")
+        theirs = results[other].get("model")
+        if isinstance(theirs, dict) and not same_model(theirs, model):
+            raise UserError(f"{path}: holds {other} of the model {theirs.get('name')}, and {name} is of "
+                            f"{model['name']}, or its files have changed; choose another --out_dir")
+    return results
+
+
+def same_model(a: dict, b: dict) -> bool:
+    """By content if both folders were here, else by name; a model without a name may be any."""
+    for key in ("digest", "name"):
+        if a.get(key) and b.get(key):
+            return a[key] == b[key]
+    return True
 
 
 def score(benchmark: Benchmark, texts: list[str], folder: Path) -> dict:

@@ -9,7 +9,7 @@ AMBER: 1,004 descriptions and 14,216 yes/no questions.
 
 The official scorer finds nouns with a tagger and takes two words for the same if their vectors are similar. Here every
 word of the association lists is a noun, and two words are the same if equal or associated. So CHAIR is a little higher
-than the official one and Cover lower; the yes/no part is identical.
+than the official one and Cover lower; the yes/no part is identical. Neither lower-cases: "Ships" is no ship.
 """
 from collections import Counter
 
@@ -24,6 +24,7 @@ KINDS = {  # reported kind -> types of annotations.json
     "state": ["discriminative-attribute-state"], "number": ["discriminative-attribute-number"],
     "action": ["discriminative-attribute-action"], "relation": ["discriminative-relation", "relation"],
 }
+COUNT = 0.001              # what every official count starts at
 
 
 class AMBER(Benchmark):
@@ -83,15 +84,19 @@ class AMBER(Benchmark):
                 if question.gold["type"] in types:
                     by_kind[kind].append(readings[-1])
 
-        numbers = {"chair": rate(total["hallucinated"], total["nouns"]),
-                   "cover": rate(total["covered"], total["truth"]),
-                   "hal": round(100 - rate(total["clean"], total["descriptions"], digits=9), 1),
-                   "cog": rate(total["remembered"], total["hallu"]), "counts": dict(total)}
-        parts = {kind: score_choices(rows, nudge=0.001 if kind == "existence" else 0.0001)
-                 for kind, rows in by_kind.items()}
-        numbers |= parts.pop("all")
-        numbers |= {"by_type": parts, "amber_score": (100 - numbers["chair"] + numbers["f1"]) / 2,
-                    "unparsed": sum(parsed == "other" for parsed, _, _ in readings)}
+        numbers = {"chair": None, "cover": None, "hal": None, "cog": None, "f1": None, "amber_score": None}
+        if total["descriptions"]:
+            numbers |= {"chair": rate(total["hallucinated"], total["nouns"]),
+                        "cover": rate(total["covered"], total["truth"]),
+                        "hal": round(100 - total["clean"] / (total["descriptions"] + COUNT) * 100, 1),
+                        "cog": rate(total["remembered"], total["hallu"]), "counts": dict(total)}
+        parts = {kind: score_choices(rows, nudge=0.001 if kind == "existence" else 0.0001,
+                                     counts=3 if kind == "attribute" else 1)
+                 for kind, rows in by_kind.items() if rows}       # attribute: the official code adds up three counts
+        numbers |= parts.pop("all", {})
+        if total["descriptions"] and by_kind["all"]:
+            numbers["amber_score"] = (100 - numbers["chair"] + numbers["f1"]) / 2
+        numbers |= {"by_type": parts, "unparsed": sum(parsed == "other" for parsed, _, _ in readings)}
         self.protocol = {"nouns": "words of relation.json, equal or associated"}
         return numbers, readings
 
@@ -126,16 +131,16 @@ def find(noun: str, objects: list[str], associated: dict[str, list[str]]) -> int
     return objects.index(noun) if noun in objects else None
 
 
-def rate(part: int, whole: int, digits: int = 1) -> float:
-    """In percent. All official counters start at 0.001, which shows in small samples: 0 of 1 is 0.1."""
-    return round(100 * (part + 0.001) / (whole + 0.001), digits)
+def rate(part: float, whole: int, counts: int = 1) -> float:
+    """In percent. The official counts start at 0.001, what is counted of them at 0: 0 of 0 is 0, 1 of 1 is 99.9."""
+    return round(part / (whole + counts * COUNT) * 100, 1)
 
 
-def score_choices(rows: list[tuple], nudge: float) -> dict:
+def score_choices(rows: list[tuple], nudge: float, counts: int = 1) -> dict:
     """Accuracy, precision, recall, F1; positive means *no*. F1 is made of the rounded two, its divisor nudged."""
     right = sum(parsed == gold == "no" for parsed, gold, _ in rows)
-    precision = rate(right, sum(parsed == "no" for parsed, _, _ in rows))
-    recall = rate(right, sum(gold == "no" for _, gold, _ in rows))
-    f1 = round(2 * precision * recall / (precision + recall + 100 * nudge), 1)
-    return {"accuracy": rate(sum(score for _, _, score in rows), len(rows)), "precision": precision,
+    precision = rate(right, sum(parsed == "no" for parsed, _, _ in rows), counts)
+    recall = rate(right, sum(gold == "no" for _, gold, _ in rows), counts)
+    f1 = round(2 * (precision / 100) * (recall / 100) / (precision / 100 + recall / 100 + nudge) * 100, 1)
+    return {"accuracy": rate(sum(score for _, _, score in rows), len(rows), counts), "precision": precision,
             "recall": recall, "f1": f1, "rows": len(rows)}

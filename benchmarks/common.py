@@ -119,6 +119,8 @@ def need(row: object, key: str, kind: type | tuple, where: str):
     if not isinstance(row[key], kind) or isinstance(row[key], bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         raise expected(f'{where}: "{key}"', row[key], " or ".join(each.__name__ for each in kinds))
+    if isinstance(row[key], str) and not row[key].isascii() and row[key].encode(errors="ignore").decode() != row[key]:
+        raise expected(f'{where}: "{key}"', ascii(row[key]), "text without half a surrogate pair")
     return row[key]
 
 
@@ -134,16 +136,16 @@ def without_suffix(prompt: str) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Numbers
+# Numbers. Over nothing there is none: None, not 0, which would be a result.
 
-def percent(part: float, whole: float) -> float:
-    return 100 * part / whole if whole else 0.0
+def percent(part: float, whole: float) -> float | None:
+    return 100 * part / whole if whole else None
 
 
-def mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float], scale: float = 1) -> float | None:
     values = list(values)
-    return sum(values) / len(values) if values else 0.0
+    return scale * (sum(values) / len(values)) if values else None
 
 
 def accuracy(scores: list[float]) -> dict:
-    return {"accuracy": 100 * mean(scores), "correct": int(sum(scores)), "rows": len(scores)}
+    return {"accuracy": mean(scores, 100), "correct": int(sum(scores)), "rows": len(scores)}

@@ -26,6 +26,9 @@ class GQA(Benchmark):
                 raise UserError(f"{question.where}: question_id {question.id!r} is not in {self.root / file}; "
                                 "take both files of the same release")
         balanced = {id for id, gold in golds.items() if gold.get("isBalanced")}
+        if not balanced:
+            raise UserError(f'{self.root / file}: no question has "isBalanced": true, and the accuracy is over those; '
+                            "take the official file")
         absent = balanced - {question.key for question in questions}
         if absent:
             raise UserError(f"{self.root / file}: {len(absent):,} balanced questions are not in the question file "
@@ -38,12 +41,13 @@ class GQA(Benchmark):
             parsed, gold = parse(text), question.gold["answer"]
             readings.append((parsed, gold, float(parsed == gold)))
             if question.gold.get("isBalanced"):
-                types = question.gold.get("types", {})
+                types = question.gold.get("types")
+                types = types if isinstance(types, dict) else {}
                 for kind in ["all", "open" if types.get("structural") == "query" else "binary",
                              f"structural: {types.get('structural')}", f"semantic: {types.get('semantic')}"]:
                     by_type[kind].append(float(parsed == gold))
-        balanced = by_type.pop("all", [])
-        return {"accuracy": 100 * mean(balanced), "correct": int(sum(balanced)), "balanced_rows": len(balanced),
+        balanced = by_type.pop("all")
+        return {"accuracy": mean(balanced, 100), "correct": int(sum(balanced)), "balanced_rows": len(balanced),
                 "by_type": {kind: accuracy(scores) for kind, scores in sorted(by_type.items())},
                 "unparsed": sum(parsed == "" for parsed, _, _ in readings)}, readings
 

@@ -1,11 +1,10 @@
 """
 A chat model behind an OpenAI-compatible endpoint: MMHal's judge, Object HalBench's object extraction.
 
-Every reply is appended to a file before the next request is sent, and a prompt with a reply in the file is never sent
+Every reply is written to a file before the next request is sent, and a prompt with a reply in the file is never sent
 again: an interrupted run continues, and no reply is paid for twice. Without an endpoint, replies can be written into
 the file by hand.
 """
-import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import requests
 from benchmarks.common import need
 from configurator import Config, UserError
 from engine.files import read_rows, write_lines
+from engine.http import FAILURES, Login, proxies
 
 RETRY_AFTER = (1, 2, 4, 8)            # seconds, for errors that may pass
 TIMEOUT = 60
@@ -22,49 +22,49 @@ TIMEOUT = 60
 
 class ChatModel:
     def __init__(self, config: Config, path: Path, temperature: float):
-        self.url, self.model = config.judge_url, config.judge_model or None
-        self.path, self.temperature = path, temperature
-        self.headers = {}
-        if config.judge_key_env:
-            if not os.environ.get(config.judge_key_env):
-                raise UserError(f"--judge_key_env: the environment variable {config.judge_key_env} is not set")
-            self.headers["Authorization"] = f"Bearer {os.environ[config.judge_key_env]}"
+        self.model, self.path, self.temperature = config.judge_model or None, path, temperature
+        if config.judge_key_env and not os.environ.get(config.judge_key_env):
+            raise UserError(f"--judge_key_env: the environment variable {config.judge_key_env} is not set")
+        self.login = Login("--judge_url", config.judge_url, config.judge_key_env) if config.judge_url else None
+        self.rows = []                # of the file, other judges' replies included
         self.replies = {}             # prompt -> (model, reply)
         for where, row in read_rows(path) if path.exists() else []:
             prompt = need(row, "prompt", str, where)
-            if row.get("reply") is not None and self.model in (None, row.get("model")):
-                self.replies[prompt] = row.get("model"), need(row, "reply", str, where)
+            if row.get("reply") is not None:
+                self.rows.append(row)
+                if self.model in (None, row.get("model")):
+                    self.replies[prompt] = row.get("model"), need(row, "reply", str, where)
 
     def ask(self, prompt: str) -> str:
         if prompt not in self.replies:
-            self.replies[prompt] = self.model, self.send(prompt)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                row = {"model": self.model, "prompt": prompt, "reply": self.replies[prompt][1]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            reply = self.send(prompt)
+            self.replies[prompt] = self.model, reply
+            self.rows.append({"model": self.model, "prompt": prompt, "reply": reply})
+            write_lines(self.path, self.rows)
         return self.replies[prompt][1]
 
     def write_pending(self, prompts: list[str]) -> None:
         """Without an endpoint: the file with all replies so far, and an empty one for each of these prompts."""
-        rows = [{"model": model, "prompt": prompt, "reply": reply} for prompt, (model, reply) in self.replies.items()]
-        write_lines(self.path, rows + [{"model": None, "prompt": prompt, "reply": None} for prompt in prompts])
+        write_lines(self.path, self.rows + [{"model": None, "prompt": prompt, "reply": None} for prompt in prompts])
 
     def send(self, prompt: str) -> str:
-        url = self.url.rstrip("/") + "/chat/completions"
+        url = self.login.address + "/chat/completions"
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 512,
                 "temperature": self.temperature}
         for pause in (*RETRY_AFTER, None):
             try:
-                response = requests.post(url, json=body, headers=self.headers, timeout=TIMEOUT)
+                response = requests.post(url, json=body, auth=self.login, timeout=TIMEOUT)
             except requests.Timeout:
                 problem = f"no reply within {TIMEOUT} s"
-            except requests.RequestException as error:
-                problem = f"no reply ({type(error).__name__})"
+            except FAILURES as error:
+                problem = f"no reply ({type(error).__name__}; check the address{proxies()})"
+                if isinstance(error, ValueError):
+                    break             # an address or a proxy that cannot work
             else:
                 reply = completion(response)
                 if reply is not None:
-                    return reply
-                body_text = " ".join(response.text.split())[:80]
+                    return self.login.hide(reply)
+                body_text = self.login.hide(" ".join(response.text.split()))[:80]
                 problem = f"HTTP {response.status_code} and no chat completion: {body_text!r}"
                 if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
                     break             # a wrong key or model name: retrying does not help
@@ -78,6 +78,16 @@ def completion(response: requests.Response) -> str | None:
     """The text of a chat completion; None if the response is anything else."""
     try:
         reply = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return reply if response.status_code == 200 and isinstance(reply, str) else None
+    if response.status_code != 200 or not isinstance(reply, str):
+        return None
+    return reply.encode(errors="replace").decode()                   # half a surrogate pair, which JSON can spell
+
+
+def fill(template: str, values: list[str], where: str | Path) -> str:
+    """Put the values into the template's {}, in order. Other braces, of the template or of a value, are text."""
+    pieces = template.split("{}")
+    if len(pieces) != len(values) + 1:
+        raise UserError(f"{where}: has {len(pieces) - 1} places {{}}, expected {len(values)}")
+    return "".join(piece + value for piece, value in zip(pieces, [*values, ""]))

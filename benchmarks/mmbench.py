@@ -21,6 +21,7 @@ from engine.files import read_text
 # What pandas reads as an empty cell, as the official code does. So an option "None" ends the list of options.
 EMPTY = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
          "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+FAILURE = "Failed to obtain answer via API"     # what the official code writes if a model on the web gives no answer
 REFUSALS = ["Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer"]
 
@@ -35,7 +36,10 @@ class MMBench(Benchmark):
         file = next((name for name in self.releases if (self.root / name).exists()), self.releases[0])
         csv.field_size_limit(1 << 30)                                # a cell holds a whole image
         table = csv.DictReader(io.StringIO(read_text(self.root / file, HINT), newline=""), delimiter="\t")
-        questions = [self.question(row, f"{self.root / file} row {i}") for i, row in enumerate(table, start=1)]
+        try:
+            questions = [self.question(row, f"{self.root / file} row {i}") for i, row in enumerate(table, start=1)]
+        except csv.Error as error:
+            raise UserError(f"{self.root / file} line {table.line_num}: {error}; replace the file") from None
         self.files[file] = len(questions)
         return questions
 
@@ -43,7 +47,7 @@ class MMBench(Benchmark):
         for column in ("index", "question", "A", "B", "answer", "image"):
             if not row.get(column):
                 raise UserError(f"{where}: the column {column} is missing or empty")
-        if not row["index"].isdigit():
+        if not re.fullmatch("[0-9]{1,15}", row["index"]):
             raise UserError(f"{where}: the index should be a whole number, found {row['index'][:40]!r}")
         options = {}
         for letter in "ABCD":
@@ -74,8 +78,8 @@ class MMBench(Benchmark):
             for column, by_name in parts.items():
                 by_name[rotations[0][0].meta.get(column)].append(circular[-1])
         self.protocol = {"accuracy": "circular, every rotation right", "vanilla_accuracy": "the first rotation alone"}
-        return {"accuracy": 100 * mean(circular), "correct": int(sum(circular)), "questions": len(circular),
-                "vanilla_accuracy": 100 * mean(vanilla), "vanilla_correct": int(sum(vanilla)),
+        return {"accuracy": mean(circular, 100), "correct": int(sum(circular)), "questions": len(circular),
+                "vanilla_accuracy": mean(vanilla, 100), "vanilla_correct": int(sum(vanilla)),
                 "vanilla_rows": len(vanilla),
                 **{f"by_{column}": {name: accuracy(scores) for name, scores in by_name.items() if name}
                    for column, by_name in parts.items()},
@@ -110,10 +114,12 @@ def parse(text: str, options: dict[str, str]) -> str | None:
     letter A, so "A red one, not B" has two. Otherwise, exactly one option's text in the answer decides. Else None; Z is
     a refusal.
     """
-    if any(refusal in text for refusal in REFUSALS):
-        return "Z"
     tokens = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in tokens]
+    if FAILURE in text:
+        tokens = letters = []                                        # but the texts of the options count
+    elif any(refusal in text for refusal in REFUSALS):
+        return "Z"
     if len(letters) == 1:
         return letters[0]
     if not letters and "Z" in tokens:

@@ -75,8 +75,9 @@ class MME(Benchmark):
         cognition = [category["score"] for name, category in categories.items() if name in COGNITION]
         # With all ten categories this is the paper's MME column, perception / 2000; cognition is not in it.
         self.protocol = {"percentage": f"perception of {len(perception)} categories / {200 * len(perception)}"}
-        return {"percentage": percent(sum(perception), 200 * len(perception)), "perception": sum(perception),
-                "cognition": sum(cognition), "categories": categories,
+        return {"percentage": percent(sum(perception), 200 * len(perception)),
+                "perception": sum(perception) if perception else None,
+                "cognition": sum(cognition) if cognition else None, "categories": categories,
                 "unparsed": sum(parsed == "other" for parsed, _, _ in readings)}, readings
 
     def submission(self, texts: list[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.common import SHORT, Benchmark, Question, mean, need, percent
-from benchmarks.judge import ChatModel
+from benchmarks.judge import ChatModel, fill
 from engine.files import read_text
 
 PROMPT = Path(__file__).with_name("mmhal_prompt.txt")
@@ -42,14 +42,15 @@ class MMHal(Benchmark):
 
     def score(self, texts: list[str]) -> tuple[dict, list[tuple]]:
         path = self.root / "judge_prompt.txt"
-        template = read_text(path if path.exists() else PROMPT)
+        source = path if path.exists() else PROMPT
+        template = read_text(source)
         prompts = []
         for question, text in zip(self.questions, texts):
             contents = ", ".join(map(str, question.gold["contents"]))
-            prompts.append(template.format(contents, question.prompt, question.gold["answer"], text))
+            prompts.append(fill(template, [contents, question.prompt, question.gold["answer"], text], source))
         judge = ChatModel(self.config, Path(self.config.out_dir) / self.name / "judge.jsonl", temperature=0)
         pending = [prompt for prompt in prompts if prompt not in judge.replies]
-        if pending and not judge.url:
+        if pending and not judge.login:
             judge.write_pending(pending)
             note = (f"{len(pending)} answers wait to be judged: give --judge_url and --judge_model, or write each "
                     f'"reply" and the judge\'s name as "model" into {judge.path}; then run again')
@@ -62,7 +63,7 @@ class MMHal(Benchmark):
             by_type[question.gold["type"]].append(readings[-1][2])
         ratings = [rating for _, _, rating in readings]
         self.protocol = {"judge": ", ".join(sorted({judge.replies[prompt][0] or "unnamed" for prompt in prompts})),
-                         "judge_prompt": path.name if path.exists() else "built in"}
+                         "judge_prompt": "built in" if source == PROMPT else path.name}
         hallucinated = sum(rating < 3 for rating in ratings)
         return {"score": mean(ratings), "hallucination_rate": percent(hallucinated, len(ratings)),
                 "informativeness": 100 * mean(rating - 3 if rating >= 3 else rating for rating in ratings) / 3,

@@ -8,15 +8,14 @@ Object HalBench: CHAIR on 300 COCO images. Which objects does a description name
 An object is in the image if it was annotated there or one of the image's captions names it. Lower is better, and a
 model that says little scores well: recall and length are reported with it.
 """
-import json
 from collections import Counter
 from pathlib import Path
 
 from benchmarks.common import Benchmark, Question, decode_base64, mean, need, percent
-from benchmarks.judge import ChatModel
+from benchmarks.judge import ChatModel, fill
 from benchmarks.objects import SYNONYMS, CocoWords
 from configurator import UserError
-from engine.files import read_text
+from engine.files import parse_json, read_text
 
 EXTRACTION_PROMPT = read_text(Path(__file__).with_name("objhal_prompt.txt")).removesuffix("\n")
 
@@ -54,8 +53,11 @@ class ObjHal(Benchmark):
                  for row in need(content, "categories", list, where)}
         for row in need(content, "annotations", list, where):
             gold = golds.get(str(need(row, "image_id", int, where)))
+            category = need(row, "category_id", int, where)
+            if category not in names:
+                raise UserError(f"{where}: category_id {category} is none of the file's categories; fetch it again")
             if gold is not None:
-                gold.add(names.get(need(row, "category_id", int, where)))
+                gold.add(names[category])
         self.files[file] = len(content["annotations"])
         return {str(need(row, "id", int, where)) for row in need(content, "images", list, where)}
 
@@ -102,10 +104,10 @@ def extract(chat: ChatModel, question: Question, text: str) -> list[str]:
     """The objects that a chat model finds in the response: the paper's way, with a model that has been retired."""
     if len(text.split()) <= 3:
         return []
-    reply = chat.ask(EXTRACTION_PROMPT.format(question.prompt, text))
+    reply = chat.ask(fill(EXTRACTION_PROMPT, [question.prompt, text], "objhal_prompt.txt"))
     try:
-        objects = json.loads(reply[reply.index("["):reply.rindex("]") + 1])
-    except ValueError:
+        objects = parse_json(reply[reply.index("["):reply.rindex("]") + 1], "")
+    except ValueError:                                               # UserError included
         objects = None
     if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
         raise UserError(f"{chat.path}: the reply for image_id {question.key} should be a JSON list of strings, found "

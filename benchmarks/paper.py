@@ -35,8 +35,9 @@ def our_row(results: dict) -> dict[str, float]:
         if place:
             name, key = place
             entry = results.get(name, {})
-            if f"{key}_extracted" in entry or key in entry:
-                row[column] = entry.get(f"{key}_extracted", entry.get(key))
+            number = entry.get(f"{key}_extracted", entry.get(key))
+            if number is not None:
+                row[column] = number
     averaged = list(COLUMNS)[:list(COLUMNS).index("AVG")]
     if all(column in row for column in averaged):
         row["AVG"] = mean(row[column] for column in averaged)

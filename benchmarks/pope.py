@@ -8,6 +8,7 @@ POPE: "Is there a kite in the image?" In half of the questions there is. The abs
 
 The headline is the mean of the three splits' F1, positive meaning yes.
 """
+import difflib
 import re
 from collections import Counter, defaultdict
 
@@ -35,9 +36,13 @@ class POPE(Benchmark):
             asked, image = without_suffix(question.prompt), question.meta["image"]
             question.gold = labels.get((split, image, asked))
             if question.gold is None:
-                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, which "
-                                "is of another release; LLaVA's question file needs the random split of 2,910 rows, "
-                                "not the one of 3,000")
+                there = [text for part, name, text in labels if (part, name) == (split, image)]
+                near = difflib.get_close_matches(asked, there, n=1, cutoff=0)
+                hint = f"which asks {near[0]!r} there" if near else "which has nothing about that image"
+                if split == "random" and self.files[file] == 3000:
+                    hint = "the release of 3,000 rows; LLaVA's question file needs the one of 2,910"
+                raise UserError(f"{question.where}: {asked!r} about {image} has no label in {self.root / file}, "
+                                f"{hint}; both files have to be of one release and spelling")
         return questions
 
     def score(self, texts: list[str]) -> tuple[dict, list[tuple]]:
@@ -67,11 +72,12 @@ def parse(text: str) -> str:
 def rates(pairs: list[tuple[str, str]]) -> dict:
     """
     [(parsed, gold)] -> accuracy, precision, recall, F1. By hand, for 3 true yes, 1 false yes, 2 false no, 4 true no:
-    precision 3/4, recall 3/5, F1 = 2 * 3 / (2 * 3 + 1 + 2) = 2/3, accuracy 7/10.
+    precision 3/4, recall 3/5, F1 = 2 * 3 / (2 * 3 + 1 + 2) = 2/3, accuracy 7/10. The official code divides by zero if
+    nothing is read as yes; here the rates are 0 then.
     """
     count = Counter(pairs)
     tp, fp, fn, tn = (count[pair] for pair in [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")])
-    return {"f1": percent(2 * tp, 2 * tp + fp + fn), "accuracy": percent(tp + tn, len(pairs)),
-            "precision": percent(tp, tp + fp), "recall": percent(tp, tp + fn),
+    return {"f1": percent(2 * tp, 2 * tp + fp + fn) or 0.0, "accuracy": percent(tp + tn, len(pairs)),
+            "precision": percent(tp, tp + fp) or 0.0, "recall": percent(tp, tp + fn) or 0.0,
             "yes_ratio": percent(tp + fp, len(pairs)), "gold_yes_ratio": percent(tp + fn, len(pairs)),
             "true_yes": tp, "false_yes": fp, "false_no": fn, "true_no": tn, "rows": len(pairs)}

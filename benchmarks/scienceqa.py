@@ -63,21 +63,19 @@ class ScienceQA(Benchmark):
             if parsed is not None and ord(parsed) - ord("A") >= question.meta["choices"]:
                 beyond_choices += 1
         all_scores = [score for _, _, score in readings]
-        return {"accuracy": 100 * mean(with_image), "correct": int(sum(with_image)), "image_rows": len(with_image),
-                "accuracy_all": 100 * mean(all_scores), "correct_all": int(sum(all_scores)),
+        return {"accuracy": mean(with_image, 100), "correct": int(sum(with_image)), "image_rows": len(with_image),
+                "accuracy_all": mean(all_scores, 100), "correct_all": int(sum(all_scores)),
                 "beyond_choices": beyond_choices,
                 "unparsed": sum(parsed is None for parsed, _, _ in readings)}, readings
 
 
 def parse(text: str) -> str | None:
     """
-    "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a" and a text
-    with two verdicts are failures, None. A letter beyond the choices is simply wrong.
+    "A" and "A. rock" are A; "The answer is B." is B, and so is "The answer is Bananas". "A.", "(A)", "a", "A" with a
+    space or newline around it, and a text with two verdicts are failures, None. A letter beyond the choices is simply
+    wrong.
     """
-    text = text.strip()
-    if re.fullmatch("[A-E]", text):
-        return text
-    if re.match(r"[A-E]\. ", text):
+    if re.fullmatch(r"[A-E](\. .*)?", text, re.DOTALL):
         return text[0]
     verdicts = re.findall(r"The answer is ([A-Z]).", text)
     return verdicts[0] if len(verdicts) == 1 else None

@@ -53,19 +53,20 @@ class TextVQA(Benchmark):
         for question, text in zip(self.questions, texts):
             parsed, golds = normalize(text), [normalize(answer) for answer in question.gold]
             readings.append((parsed, golds, soft_accuracy(parsed, golds)))
-        return {"accuracy": 100 * mean(score for _, _, score in readings),
+        return {"accuracy": mean((score for _, _, score in readings), 100),
                 "unparsed": sum(parsed == "" for parsed, _, _ in readings)}, readings
 
 
 def question_in(prompt: str, where: str) -> str:
-    """The question, lower-cased: prompts have 3 lines with the OCR line, 2 without, 1 in a legacy form."""
+    """The question, lower-cased: prompts have 3 lines if one has OCR tokens, 2 without, and there is a legacy form."""
     lines = prompt.split("\n")
-    one_line = re.search(r"Question: (.*?) Short answer:", prompt)
-    if prompt.startswith("OCR tokens: ") and one_line:
-        return one_line[1].lower()
-    if len(lines) == 3 and lines[0].startswith(OCR_LINE):
-        return lines[1].lower()
-    if len(lines) == 2 or len(lines) == 3 and lines[1].startswith(OCR_LINE):
+    if prompt.startswith("OCR tokens: "):
+        legacy = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
+        if legacy:
+            return legacy[1].lower()
+    elif len(lines) == 3 and f"{OCR_LINE} " in prompt:
+        return lines[1 if prompt.startswith(OCR_LINE) else 0].lower()
+    elif len(lines) == 2:
         return lines[0].lower()
     raise expected(f"{where}: cannot tell the question in the prompt", prompt,
                    f'the question, perhaps a line "{OCR_LINE} ...", and the suffix')

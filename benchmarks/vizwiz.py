@@ -39,7 +39,7 @@ class VizWiz(Benchmark):
         for question, text in zip(self.questions, parsed):
             golds = [normalize(answer) for answer in question.gold]
             readings.append((text, golds, soft_accuracy(text, golds)))
-        return numbers | {"val_accuracy": 100 * mean(score for _, _, score in readings)}, readings
+        return numbers | {"val_accuracy": mean((score for _, _, score in readings), 100)}, readings
 
     def submission(self, texts: list[str]) -> dict[str, str]:
         """Normalized: the server normalizes by itself only where the ten answers are not all identical."""

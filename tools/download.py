@@ -31,8 +31,9 @@ from urllib.parse import quote, urljoin
 
 import requests
 
-from configurator import UserError, expected, load_config, run
+from configurator import Stopped, UserError, expected, load_config, run
 from engine.files import disk_errors, readable
+from engine.http import FAILURES, Login, proxies
 
 DEFAULTS = dict(
     model="",                   # a model on the Hub, such as Qwen/Qwen1.5-1.8B
@@ -48,6 +49,10 @@ SETTINGS = ["config.json", "generation_config.json", "tokenizer*", "vocab.json",
 SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]   # CLIP-L/14-336 has no safetensors
 PAUSES = [1, 2, 4, 8, 16]                                           # seconds after each failed attempt in a row
+LONGEST_PAUSE = 600                                                 # of those that a server may ask for
+LISTING = 1000                                                      # pages at most,
+PAGE = 1 << 25                                                      # of so many bytes and
+PAGE_TIME = 600                                                     # so many seconds
 MANIFEST = Path(__file__).parents[1] / "config" / "datasets.json"
 
 
@@ -64,19 +69,12 @@ class File:
 
 class Repository:
     def __init__(self, name: str, endpoint: str, is_dataset: bool = False, revision: str = "main"):
-        self.endpoint, self.revision = endpoint.rstrip("/"), quote(revision, safe="")
-        self.page = f"{self.endpoint}/{'datasets/' if is_dataset else ''}{name}"
-        self.api = f"{self.endpoint}/api/{'datasets' if is_dataset else 'models'}/{name}"
+        self.login, self.revision = Login("--endpoint", endpoint, "HF_TOKEN"), quote(revision, safe="")
+        self.page = f"{self.login.address}/{'datasets/' if is_dataset else ''}{name}"
+        self.api = f"{self.login.address}/api/{'datasets' if is_dataset else 'models'}/{name}"
         self.session = requests.Session()
         self.session.headers["Accept-Encoding"] = "identity"      # sizes and ranges count the file's own bytes
-        self.session.auth = self.add_token
-
-    def add_token(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """For the endpoint only. On a redirect to another host, requests removes the header."""
-        token = os.environ.get("HF_TOKEN", "").strip()
-        if token and request.url.startswith(self.endpoint + "/"):
-            request.headers["Authorization"] = f"Bearer {token}"
-        return request
+        self.session.auth = self.login
 
     def get(self, url: str, start: int = 0) -> requests.Response:
         """GET from byte `start`; lost connections, 429 and 5xx are tried again. Returns a 200, 206 or 416."""
@@ -84,8 +82,10 @@ class Repository:
             try:
                 response = self.session.get(url, headers={"Range": f"bytes={start}-"} if start else {}, stream=True,
                                             timeout=(10, 60))     # seconds to connect, and of silence
-            except requests.RequestException as error:            # its text may hold a signed address
-                problem, wait = f"no answer ({type(error).__name__}); check the network and --endpoint", ""
+            except FAILURES as error:                             # its text may hold a signed address
+                problem, wait = f"no answer ({type(error).__name__}); check the network, --endpoint{proxies()}", ""
+                if isinstance(error, ValueError):                 # an address or a proxy that cannot work
+                    break
             else:
                 status, wait = response.status_code, response.headers.get("Retry-After", "")
                 if status in (200, 206, 416):
@@ -95,33 +95,61 @@ class Repository:
                 if status != 429 and status < 500:
                     break
             if pause is not None:
-                pause = max(pause, int(wait) if wait.isdigit() else 0)
+                pause = max(pause, int(wait) if re.fullmatch("[0-9]{1,18}", wait) else 0)
+                if pause > LONGEST_PAUSE:
+                    raise UserError(f"{url}: {problem}, in {pause:,} s as the server asks")
                 print(f"{url}: {problem}; trying again in {pause} s", flush=True)
                 time.sleep(pause)
         raise UserError(f"{url}: {problem}")
 
     def advice(self, status: int) -> str:
+        refused = f"check the name; if {self.page} is private or gated, accept its terms there and set HF_TOKEN"
+        if self.login.key:
+            refused = ("the server does not accept HF_TOKEN, which may be expired or revoked: renew it, or unset it "
+                       "for a public repository")
         return {
-            401: f"check the name; if {self.page} is private or gated, accept its terms there and set HF_TOKEN",
+            401: refused,
             403: f"HF_TOKEN may not read this; accept the terms on {self.page} with that account, or use another token",
             404: "check the name and --revision; for a data set write --dataset=NAME",
         }.get(status, "if that lasts, run the same command again later")
 
     def files(self) -> list[File]:
-        files, url = [], f"{self.api}/tree/{self.revision}?recursive=true"
+        """All pages of the listing, unless it repeats itself or does not end."""
+        files, url, seen = {}, f"{self.api}/tree/{self.revision}?recursive=true", set()
         while url:
+            seen.add(url)
+            response = self.get(url)
             try:
-                with self.get(url) as response:
-                    for entry in response.json():
-                        if entry["type"] == "file":
-                            lfs = entry.get("lfs")
-                            content = lfs or entry
-                            files.append(File(entry["path"], int(content["size"]), bool(lfs), content["oid"]))
-            except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
+                with response:
+                    entries = [read_entry(entry) for entry in json.loads(read_page(response))]
+                    files |= {file.name: file for file in entries if file is not None}
+            except (*FAILURES, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{url}: no complete listing ({type(error).__name__}); check --endpoint, or run the "
                                 "same command again") from None
             url = urljoin(url, response.links["next"]["url"]) if "next" in response.links else None
-        return files
+            if url in seen or len(seen) == LISTING:
+                raise UserError(f"{url}: the listing does not end ({len(seen)} pages, {len(files):,} files); check "
+                                "--endpoint")
+        return list(files.values())
+
+
+def read_page(response: requests.Response) -> bytes:
+    content, deadline = b"", time.monotonic() + PAGE_TIME
+    for chunk in response.iter_content(1 << 16):
+        content += chunk
+        if len(content) > PAGE or time.monotonic() > deadline:
+            raise ValueError("too long")
+    return content
+
+
+def read_entry(entry: dict) -> File | None:
+    """An entry of a listing; None for a folder."""
+    if entry["type"] != "file":
+        return None
+    content = entry.get("lfs") or entry
+    if type(content["size"]) is not int or content["size"] < 0 or not isinstance(content["oid"], str):
+        raise TypeError("not a size and a hash")
+    return File(entry["path"], content["size"], content is not entry, content["oid"])
 
 
 def choose(files: list[File], patterns: list[str]) -> list[File]:
@@ -149,8 +177,10 @@ def local_path(folder: Path, name: object) -> Path:
         raise UserError(f"the listing has a file {name!r}, not a plain path below --to; nothing was downloaded")
     path = folder.joinpath(*parts)
     for target in (path, part_of(path)):
-        if not target.resolve().is_relative_to(folder.resolve()):
+        if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"{target}: a symbolic link leads out of {folder}; remove it (nothing was downloaded)")
+        if os.path.lexists(target) and not target.is_file():
+            raise UserError(f"{target}: is in the way, and no file; remove it (nothing was downloaded)")
     return path
 
 
@@ -231,7 +261,7 @@ def receive(repository: Repository, file: File, out, path: Path) -> None:
             out.truncate(have)
             try:
                 copy(response, out, file, have)
-            except requests.RequestException:
+            except FAILURES:
                 pass                                              # go on from what has arrived
 
 
@@ -343,14 +373,16 @@ def main(argv: list[str]) -> None:
         raise expected("--model" if config.model else "--dataset", name, "OWNER/NAME as on the Hub")
     if config.dataset and not patterns:
         raise UserError(f"--dataset={name}: name its files with --files; --manifest=all lists those that we use")
-    if not re.match("https?://[^/]", endpoint):
-        raise expected("--endpoint", endpoint, "http(s)://HOST")
 
     repository = Repository(name, endpoint, bool(config.dataset), config.revision)
-    listing = repository.files()
-    paths = {file.name: local_path(Path(config.to), file.name) for file in listing}   # all, before any is downloaded
-    for file in choose(listing, patterns):
-        fetch(repository, file, paths[file.name])
+    try:
+        listing = repository.files()
+        paths = {file.name: local_path(Path(config.to), file.name) for file in listing}      # all, before any is fetched
+        for file in choose(listing, patterns):
+            fetch(repository, file, paths[file.name])
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted; what has arrived is kept in {config.to}, the same command continues",
+                      exit_code=130) from None
 
 
 if __name__ == "__main__":

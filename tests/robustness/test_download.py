@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import re
 import runpy
 import signal
@@ -22,7 +23,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from configurator import UserError
+from configurator import Stopped, UserError
 from tools import download
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +77,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, content, headers | trouble.get("headers", {}), trouble.get("cut"), trouble.get("hold"))
 
     def listing(self, hub, path):
+        if hub.expired and self.headers.get("Authorization"):
+            return self.answer(401, f"not {self.headers['Authorization']}".encode(), {})
         if hub.raw_listing is not None:
-            return self.answer(200, hub.raw_listing, {"Content-Type": "text/html"})
+            link = {"Link": f'<{hub.raw_next(path)}>; rel="next"'} if hub.raw_next else {}
+            return self.answer(200, hub.raw_listing, {"Content-Type": "text/html", **link})
         start = int(path.partition("cursor=")[2] or 0)
         page = hub.entries()[start:start + 4]
         more = {}
@@ -122,6 +126,7 @@ class Hub:
     def __init__(self):
         self.files, self.lists, self.redirected = dict(MODEL), None, set()
         self.log, self.cdn_log, self.trouble, self.raw_listing, self.gate = [], [], [], None, threading.Event()
+        self.raw_next, self.expired = None, False
         self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
         self.main, self.cdn = self.servers
         self.endpoint = self.next_host = f"http://127.0.0.1:{self.main.server_port}"
@@ -150,7 +155,9 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(download, "PAUSES", [0] * 5)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in [*os.environ]:                                    # whatever the caller's environment has
+        if name.lower().startswith(("hf_", "huggingface")) or name.lower().endswith(("_proxy", "netrc")):
+            monkeypatch.delenv(name)
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     yield hub
@@ -203,8 +210,9 @@ def test_of_a_model_what_our_code_reads_arrives_byte_for_byte(hub, tmp_path, cap
     assert capsys.readouterr().out.count("already here") == len(READ)
 
 
-def test_huggingface_hub_reads_the_same_listing(hub):
+def test_huggingface_hub_reads_the_same_listing(hub, monkeypatch):
     hub_client = pytest.importorskip("huggingface_hub")                  # comes with transformers
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)   # read from the environment at its import
     theirs = hub_client.HfApi(endpoint=hub.endpoint, token=False).list_repo_tree("me/model", recursive=True)
     theirs = {file.path: (file.size, file.lfs.sha256 if file.lfs else file.blob_id)
               for file in theirs if isinstance(file, hub_client.hf_api.RepoFile)}
@@ -371,6 +379,145 @@ def test_a_listing_that_is_none(hub, tmp_path):
     assert held(tmp_path) == {}
 
 
+ENTRY = {"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}
+
+
+@pytest.mark.parametrize("entry", [
+    ENTRY | {"size": "abc"}, ENTRY | {"size": "2"}, ENTRY | {"size": float("nan")}, 
+    ENTRY | {"size": float("inf")}, ENTRY | {"size": -1}, ENTRY | {"size": True}, ENTRY | {"size": 2.0}, ENTRY | {"size": None}, 
+    ENTRY | {"oid": None}, ENTRY | {"oid": 7}, ENTRY | {"lfs": "x"},
+    ENTRY | {"lfs": [1]}, ENTRY | {"lfs": {"size": "abc", "oid": "a"}}, 
+    ENTRY | {"lfs": {"size": 1}}, ENTRY | {"path": []}, None, "file", [[]]])
+def test_a_listing_of_wrong_entries(hub, tmp_path, entry):
+    hub.raw_listing = json.dumps([entry]).encode()
+    assert "no complete listing" in fails(tmp_path) and held(tmp_path) == {}
+
+
+def test_listings_deep_long_and_no_text(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PAGE", 150_000)
+    for listing in [b"[" * 100_000, b'[{"type": "file", "size": ' + b"9" * 5000, b"\xff\xfe",
+                    b"[" + b" " * 200_000 + b"]"]:
+        hub.raw_listing = listing
+        assert "no complete listing" in fails(tmp_path)
+    monkeypatch.setattr(download, "PAGE_TIME", -1)                        # a server that sends a byte now and then
+    hub.raw_listing = b"[]"
+    assert "no complete listing" in fails(tmp_path)
+
+
+@pytest.mark.parametrize("following", [
+    lambda path: path,                                                    # the same page for ever
+    lambda path: "/api/models/me/model/tree/main?recursive=true&cursor=1",   # from some page on
+    lambda path: f"{path.partition('&')[0]}&cursor={int(path.partition('cursor=')[2] or 0) + 1}",   # always another
+])
+def test_a_listing_that_does_not_end(hub, tmp_path, monkeypatch, following):
+    monkeypatch.setattr(download, "LISTING", 30)
+    hub.raw_listing, hub.raw_next = json.dumps([ENTRY]).encode(), following
+    assert "the listing does not end" in fails(tmp_path)
+    assert len(hub.log) <= 30 and held(tmp_path) == {}
+
+
+def test_edited_listings_give_files_or_one_line(hub, tmp_path):
+    """600 mutations of a true listing, read by the code that reads a page."""
+    draw, text = random.Random(0), json.dumps(hub.entries()).encode()
+    pieces = [b"null", b"1e999", b"NaN", b"[]", b"{}", b'"', b"\\ud800", b"-1", b"true", b"\xff", b"9" * 400,
+              b"../", b"\x00"]
+    repository, ends = download.Repository("me/model", hub.endpoint), {"files": 0, "line": 0}
+
+    class Page:                                                           # what `requests` would return
+        links = {}
+
+        def __init__(self, content):
+            self.content = content
+
+        def iter_content(self, size):
+            yield self.content
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    for _ in range(600):
+        content = bytearray(text)
+        for _ in range(draw.randint(1, 3)):
+            i = draw.randrange(len(content))
+            j = min(len(content), i + draw.choice([0, 1, 1, 4, 30]))
+            content[i:j] = draw.choice([draw.choice(pieces), bytes([draw.randrange(256)]), b""])
+        repository.get = lambda url: Page(bytes(content))
+        try:
+            files = repository.files()
+            [download.local_path(tmp_path, file.name) for file in files]
+            download.choose(files, [])
+            ends["files"] += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+            ends["line"] += 1
+    assert min(ends.values()) > 20
+
+
+@pytest.mark.parametrize("wait", ["100000000000", "9" * 400, "\u00b2", "-1", "1e9", "nan", "0x10", ""])
+def test_a_server_that_asks_for_odd_pauses(hub, tmp_path, monkeypatch, wait):
+    slept = []
+    monkeypatch.setattr(download.time, "sleep", slept.append)
+    only(hub)
+    hub.trouble = [{"status": 503, "headers": {"Retry-After": wait.encode("latin-1").decode("latin-1")}}]
+    if wait.startswith("1000"):
+        assert "in 100,000,000,000 s as the server asks" in fails(tmp_path) and slept == []
+    else:
+        get(tmp_path)
+        assert held(tmp_path) == hub.files and slept == [0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens, passwords, proxies
+
+
+def test_an_expired_token_is_named(hub, tmp_path, monkeypatch):
+    hub.expired = True
+    get(tmp_path / "public")                                              # without a token the server does not mind
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    line = fails(tmp_path / "a")
+    assert "status 401" in line and "HF_TOKEN, which may be expired" in line and "unset it" in line
+    assert TOKEN not in line
+
+
+@pytest.mark.parametrize("token", ["hf_a\nb", "hf_\u201cx\u201d", "hf_\u20ac", "hf_a\r\nX-Evil: 1", "hf_\udcff", "hf_\x7f"])
+def test_a_token_that_no_header_can_carry(hub, tmp_path, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    line = fails(tmp_path)
+    assert line.startswith("HF_TOKEN: ") and "hf_" not in line and hub.log == []
+
+
+def test_a_password_in_the_endpoint_is_sent_and_not_shown(hub, tmp_path, capsys):
+    endpoint = hub.endpoint.replace("http://", "http://me:Geheim%2F1@")
+    get(tmp_path / "a", f"--endpoint={endpoint}/")
+    assert {request.auth for request in hub.log} == {"Basic bWU6R2VoZWltLzE="}
+    hub.expired = True
+    line = fails(tmp_path / "b", f"--endpoint={endpoint}")
+    hub.trouble, hub.expired = [{"status": 500}] * 9, False
+    line += fails(tmp_path / "b", f"--endpoint={endpoint}") + str(held(tmp_path))
+    for wrong in ["htp://me:Geheim@host", "me:Geheim@host", "http://me:Geheim@", "http://me:Geheim@[::1",
+                  "http://me:Geheim@host:x"]:
+        line += fails(tmp_path, f"--endpoint={wrong}")
+    shown = capsys.readouterr()
+    assert "Geheim" not in line + shown.out + shown.err and "--endpoint" in line
+
+
+@pytest.mark.parametrize("proxy", [
+    "nonsense://x", "http://", "http://[::1", "http://me:Geheim@127.0.0.1:1", "\u20ac", "http://127.0.0.1:99999"])
+def test_a_proxy_that_cannot_work_is_named(hub, tmp_path, monkeypatch, proxy, capsys):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    line = fails(tmp_path)
+    shown = capsys.readouterr()
+    assert "the proxy of" in line and "http_proxy" in line and "Geheim" not in line + shown.out + shown.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
 def test_user_mistakes_are_one_line(hub, tmp_path, monkeypatch):
     for argv, word in [([], "give --model=NAME"), (["--model=a/b"], "--to"), (["a/b", "--to=x"], "--key=value"),
                        (["--model=a/b", "--dataset=c/d", "--to=x"], "give"),
@@ -427,8 +574,44 @@ def test_links_that_lead_out_stop_everything(hub, tmp_path):
     get(tmp_path / "way", "--files=*")
     assert (to / "real" / "model.safetensors").read_bytes() == BIG
 
+
+@pytest.mark.parametrize("name", ["config.json", "config.json.part"])
+@pytest.mark.parametrize("make", [
+    os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_not_written_to(hub, tmp_path, name, make):
+    make(tmp_path / name)
+    line = fails(tmp_path)
+    assert f"{tmp_path / name}" in line and ("no file" in line or "symbolic link" in line) and hub.asked() == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The disk, kills, company
+
+
+def test_ctrl_c_keeps_what_has_arrived(hub, tmp_path, monkeypatch):
+    name, copy = only(hub), download.copy
+
+    def interrupted(response, out, file, have):
+        out.write(BIG[:300_000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "copy", interrupted)
+    with pytest.raises(Stopped, match="interrupted; what has arrived is kept in .*, the same command") as stopped:
+        get(tmp_path)
+    assert stopped.value.exit_code == 130
+    monkeypatch.setattr(download, "copy", copy)
+    get(tmp_path)
+    assert held(tmp_path) == hub.files and hub.asked()[-1] == (name, "bytes=300000-")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read(hub, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        get(tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {mode}
 
 
 def test_a_disk_without_room(hub, tmp_path, monkeypatch):

@@ -413,7 +413,8 @@ def open_weights(path: Path) -> object:
             return safe_open(path, framework="pt")
         # openai/clip-vit-large-patch14-336 has only this; weights_only refuses pickled code
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) and isinstance(tensor, torch.Tensor)
+                                                for key, tensor in tensors.items()):
         raise UserError(f"{path}: holds other things than tensors by name; save the model's state_dict() there")
     return tensors
 

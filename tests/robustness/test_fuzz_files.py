@@ -11,14 +11,17 @@ import shutil
 import string
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 import train
 from configurator import UserError, load_config
+from data import MAX_PIXELS, load_image, transform_image
 from engine import resume
 from engine.hf import save_tensors
 from model import Llava
@@ -29,10 +32,10 @@ fuzz = lambda test: settings(max_examples=EXAMPLES, deadline=5000, derandomize="
                              suppress_health_check=list(HealthCheck))(test)
 
 # What may stand in a JSON file where something else was expected.
-VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, 1e400, -0.5, 1e-300]),
+VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([0, 1, -1, 2, 3, 7, 10**5, 10**8, 2**31, 2**63, 10**30, 1e400, -0.5, 1e-300]),
                    st.integers(-9, 99), st.floats(), st.text(string.printable, max_size=5), st.just([]), st.just({}),
                    st.lists(st.integers(-3, 9), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-                   st.sampled_from(["llava", "qwen2", "qwen2_moe", "silu", "../x", "/", "model.safetensors", "default"]))
+                   st.sampled_from(["llava", "qwen2", "qwen2_moe", "silu", "../x", "/", "model.safetensors", "default", "\ud800", "a\0", "x" * 300, "yarn"]))
 
 
 def paths(node, at=()):
@@ -117,10 +120,20 @@ def checkpoints(world, tmp_path_factory):
     shutil.copytree(world / "sparse", sharded)
     save_tensors(load_file(world / "sparse" / "model.safetensors"), sharded, max_shard_bytes=150_000)
     assert len(list(sharded.glob("model-*"))) == 4
-    return {"dense": world / "dense", "sparse": sharded}
+    pickled = shutil.copytree(world / "dense", tmp_path_factory.mktemp("pickled") / "dense")
+    tensors = load_file(pickled / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    shards = shutil.copytree(pickled, tmp_path_factory.mktemp("pickled") / "shards")
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    weight_map = {key: f"pytorch_model-{i % 2}.bin" for i, key in enumerate(tensors)}
+    for name in set(weight_map.values()):
+        torch.save({key: tensors[key] for key in tensors if weight_map[key] == name}, shards / name)
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return {"dense": world / "dense", "sparse": sharded, "pickled": pickled, "pickled shards": shards}
 
 
-CASES = [("dense", "config.json"), ("sparse", "config.json"), ("dense", "tokenizer.json"), ("dense", "model.safetensors"),
+CASES = [("dense", "config.json"), ("dense", "generation_config.json"), ("pickled", "pytorch_model.bin"),
+         ("pickled shards", "pytorch_model.bin.index.json"), ("sparse", "config.json"), ("dense", "tokenizer.json"), ("dense", "model.safetensors"),
          ("sparse", "model.safetensors.index.json"), ("sparse", "model-00002-of-00004.safetensors")]
 
 
@@ -265,3 +278,35 @@ def test_config_files(tmp_path_factory, content):
         assert "\n" not in str(error)
         return
     assert all(type(config[key]) is type(value) for key, value in train.DEFAULTS.items())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A small picture in several formats and modes."""
+    folder, noise = tmp_path_factory.mktemp("pictures"), Image.effect_noise((24, 17), 90)
+    levels = np.arange(24 * 17).reshape(17, 24)
+    for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff"):
+        noise.convert("RGB").save(folder / name)
+    Image.fromarray((levels * 150).astype(np.uint16)).save(folder / "16.png")
+    Image.fromarray((levels / 500).astype(np.float32)).save(folder / "float.tiff")
+    noise.convert("P").save(folder / "palette.png", transparency=3)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff", "16.png", "float.tiff", "palette.png"])
+def test_images(pictures, tmp_path, name):
+    path = tmp_path / name
+
+    @fuzz
+    @given(damaged_bytes((pictures / name).read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        try:
+            image = load_image(str(path))
+        except UserError as error:
+            one_line(error, path)
+            return
+        assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
+        if image.width * image.height < 10**6:
+            assert transform_image(image, 28).isfinite().all()
+    check()

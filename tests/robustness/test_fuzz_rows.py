@@ -19,10 +19,11 @@ from PIL import Image
 
 from conftest import make_tokenizer
 from configurator import UserError
-from data import render
+from data import as_text, render
 from engine.index import InstructionData, PreferenceData
 
 IMAGES = ["a.png", "b é.png"]
+PICTURES = ["image", "img", "picture", "photo"]
 MAX_LENGTHS = [24, 40, 999]
 
 
@@ -79,7 +80,6 @@ def is_conversation(value):
     return (isinstance(value, list) and value != [] and all(
         isinstance(turn, dict) and turn.get("from") == who and isinstance(turn.get("value"), str)
         and not any(0xd800 <= ord(character) < 0xe000 for character in turn["value"])
-        and (who == "human" or "<image>" not in turn["value"])
         for turn, who in zip(value, itertools.cycle(["human", "gpt"]))))
 
 
@@ -87,11 +87,16 @@ def plain_sides(kind, row):
     """The conversations of a row and its images, or None if anything about it is wrong."""
     if not isinstance(row, dict):
         return None
-    names = row.get("image")
+    keys = ["image"] if kind is InstructionData else ["image", "image_path"]
+    names = next((row[key] for key in keys if row.get(key)), None)
+    if names is None:
+        names = row.get("image")
+        for key, value in row.items():  # a picture under another name must not be lost
+            if isinstance(value, (str, list, dict)) and value and any(word in key.lower() for word in PICTURES):
+                return None
     if kind is InstructionData:
         sides = [row.get("conversations")]
     elif isinstance(row.get("chosen"), str):
-        names = row["image"] if "image" in row else row.get("image_path")
         n_images = len(names) if isinstance(names, list) else int(names is not None)
         if not isinstance(row.get("question"), str):
             return None
@@ -102,7 +107,11 @@ def plain_sides(kind, row):
     if not all(is_conversation(side) for side in sides) or not all(name in IMAGES for name in names):
         return None
     questions, *others = [[turn["value"] for turn in side[0::2]] for side in sides]
-    if any(other != questions for other in others) or "".join(questions).count("<image>") != len(names):
+    if any(other != questions for other in others):
+        return None
+    if not names and not any("<image>" in (question.strip()[:7], question.strip()[-7:]) for question in questions):
+        return [[turn | {"value": as_text(turn["value"])} for turn in side] for side in sides], names
+    if "".join(questions).count("<image>") != len(names):
         return None
     return sides, names
 
@@ -121,12 +130,12 @@ def plain_sample(kind, sides, tokenizer, max_length):
 
 
 TEXTS = ["", " ", "<image>", "<image>\n<image>", "\ud800", "\udfff x", "\0", "a.png", "b é.png", "../a.png", "gone.png",
-         "a\0.png", "human", "gpt", "<|endoftext|>", "😀" * 50, "\u2028\r\n"]
+         "a\0.png", "x" * 300, "an <image> tag", "human", "gpt", "<|endoftext|>", "😀" * 50, "\u2028\r\n"]
 ODD = TEXTS + [None, True, 0, -1, 10 ** 400, 1e308, float("nan"), float("inf"), [], {}, [[]], [None], ["a.png"],
                ["a.png", 3], {"from": "gpt", "value": "x"}, turns("hi", "ho"), turns("<image>", "ho")]
 DEEP = ["[" * 60 + "]" * 60, '{"a":' * 300 + "1" + "}" * 300]
 KEYS = ["id", "idx", "image", "image_path", "conversations", "chosen", "rejected", "question", "from", "value", "",
-        "Image", "\ud800"]
+        "Image", "images", "image_file", "\ud800"]
 WRAPS = [lambda value: [value], lambda value: {"value": value}, json.dumps]
 BYTES = [b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\", b"\\u", b"\\ud800", b"\n", b"\r", b"\0", b"\xff", b"\xc3",
          b"\xef\xbb\xbf", b" ", b"\xe2\x80\xa8", b"1", b"-", b"e9", b"null", b"NaN", b"[" * 3000, b"9" * 5000,

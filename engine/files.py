@@ -200,8 +200,11 @@ def digest_of_folder(folder: str | Path) -> str:
 
 
 def digest_of_file(path: Path) -> bytes:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
 
 
 class DiskError(UserError):

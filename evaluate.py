@@ -41,9 +41,8 @@ from benchmarks.paper import markdown, our_row
 from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run,
                           shorten)
 from data import IMAGE, load_image, render, transform_image
-from engine.files import disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
+from engine.files import digest_of_folder, disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
 from engine.hf import NOT_A_FOLDER, require_tokenizer
-from engine.teacher_cache import digest_of_folder
 from model import Llava
 
 DEFAULTS = dict(

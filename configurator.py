@@ -119,7 +119,7 @@ def why_unreadable(path: object, error: Exception) -> str:
     return cut(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
 
 
-def require_memory(size: int, what: str, device: "torch.device") -> None:
+def require_memory(size: int, what: str, device) -> None:
     """UserError if `size` bytes are more than the machine, or its GPU, has at all: better than to wait for the failure."""
     if device.type == "cuda":
         import torch                                                 # here only: settings are read without it

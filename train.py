@@ -367,9 +367,9 @@ def train_step(run: Run, micro_batches: list[dict], total: dict[str, int], lr: f
             (loss * dist.world_size).backward()                      # the average over ranks becomes the sum
         loss_sum += loss.detach()
         for name, value in parts.items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] = sums.get(name, 0) + value.double()          # as exact as a sum over ranks
     loss = dist.all_reduce(loss_sum).item()
-    parts = {name: dist.all_reduce(value.double()) for name, value in sums.items()}
+    parts = {name: dist.all_reduce(value) for name, value in sums.items()}
 
     grads = [parameter.grad for parameter in run.trainable.values()]
     grad_norm = distributed.full(nn.utils.get_total_norm(grads))

@@ -19,7 +19,6 @@ import data
 import train
 from configurator import Config, UserError
 from engine import on_policy, resume
-from engine.index import InstructionData
 from kill_study import start
 from model import Llava
 from test_distributed import on_ranks

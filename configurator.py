@@ -17,8 +17,10 @@ import errno
 import json
 import math
 import os
+import signal
 import stat
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -143,6 +145,8 @@ def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):            # in any locale: what it cannot spell is escaped
         stream.reconfigure(errors="backslashreplace")
     try:
+        if INTERRUPTS:
+            raise KeyboardInterrupt
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(doc.strip(), "\n\nSettings and their defaults:\n",
                   *(f"  --{key}={value}\n" for key, value in defaults.items()))
@@ -172,15 +176,26 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+# Ctrl-C while a program is imported, before `run`. Libraries may turn the KeyboardInterrupt into an error of their own,
+# or lose it, so it is remembered.
+INTERRUPTS = []
+
+
+def on_interrupt(number: int, frame: object) -> None:
+    INTERRUPTS.append(number)
+    raise KeyboardInterrupt
+
+
 def end_quietly(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Ctrl-C while a program is imported, before `run`."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+    if not INTERRUPTS:
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
-sys.excepthook = end_quietly
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, on_interrupt)
+    sys.excepthook = end_quietly
 
 
 class Config(dict):

@@ -25,7 +25,7 @@ from test_train import flags, records
 # Ctrl-C before there is anything to save
 
 @pytest.mark.parametrize("program", [["train.py", "--stage=sft"], ["-m", "tiny", "--out_dir=/dev/null/x"]], ids=["train", "tiny"])
-@pytest.mark.parametrize("seconds", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.6])
 def test_an_interrupt_while_torch_is_imported(program, seconds):
     process = subprocess.Popen([sys.executable, *program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     maps = Path(f"/proc/{process.pid}/maps")
@@ -35,7 +35,7 @@ def test_an_interrupt_while_torch_is_imported(program, seconds):
     out, errors = process.communicate(timeout=60)
     if not errors.startswith("error: "):                             # it had come to its arguments already
         assert errors in ("interrupted\n", "SIGINT before the first step: nothing to save\n")
-        assert process.returncode in (130, -signal.SIGINT) and out == ""
+        assert process.returncode == 130 and out == ""
     assert errors.count("\n") == 1
 
 
@@ -66,8 +66,10 @@ def test_a_run_whose_output_nothing_reads_saves_and_stops(world, tmp_path, kind,
         f"error: standard output: {reason}; all steps are saved, the same command goes on from there\n")
     assert [path.name for path in resume.saved_states(tmp_path / "out")] == ["step_00000002.pt"]
     train.main(arguments)
-    train.main(flags(world, "align", tmp_path / "whole", max_steps=6, save_every=1000, micro_batch_size=4))
-    same(tmp_path / "whole", tmp_path / "out")
+    assert [record["step"] for record in records(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    if nproc == 1:
+        train.main(flags(world, "align", tmp_path / "whole", max_steps=6, save_every=1000, micro_batch_size=4))
+        same(tmp_path / "whole", tmp_path / "out")
 
 
 PRINTING = """

@@ -29,7 +29,7 @@ from tiny.scene import Scene
 
 TEST_SPLIT = {"study": "final", "tuning": "validation"}
 SIZES = {                # scenes
-    "teacher": 6000, "warm": 250, "arm": 200, "held_out": 200, "preference": 4000,
+    "teacher": 6000, "warm": 250, "arm": 200, "held_out": 100, "preference": 4000,
     "pope": 320, "gqa": 600, "objhal": 1000,
     "unseen_pope": 200, "unseen_gqa": 300, "unseen_objhal": 300,
 }

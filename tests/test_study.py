@@ -229,8 +229,7 @@ def test_arms_and_questions_name_what_exists():
 def test_every_command_of_the_study_is_accepted(tmp_path):
     runs = Study(config(tmp_path))
     for name, arm in ARMS.items():
-        if arm.seeds:
-            runs.add_judging(3, name)
+        runs.add_judging(3, name)
     done = set()
     for (_, name), job in runs.jobs.items():
         assert set(job.needs) <= done                          # in an order in which they can run
@@ -273,10 +272,10 @@ def test_a_line_of_other_settings_is_refused(tmp_path):
 def make_lines():
     """Made-up scores of all arms: each arm has an effect of its own, each seed a level."""
     rng, lines = random.Random(0), []
-    for seed in [*range(10), 100]:
+    for seed in [*range(10), 100, 101]:
         level = rng.gauss(0, 3)
         for name, arm in ARMS.items():
-            if seed < arm.seeds or seed == 100:
+            if seed < arm.seeds or seed in (100, 101):
                 scores = {metric: 80 + level + len(name) / 3 + rng.gauss(0, 0.5) for metric in LABELS}
                 scores |= {"kl": 0.1 + rng.random() / 100, "kl_caption": 0.2 + rng.random() / 100}
                 lines.append({"arm": name, "seed": seed, "settings": study.settings(name, study.Config(DEFAULTS)),
@@ -304,7 +303,8 @@ def test_the_report_is_made_from_the_lines_alone_and_twice_the_same(tmp_path):
             assert f"| {claim.arm} − {claim.reference}" in text
     lines = read_results(raw)
     finding = compare([Claim("kd", "sft")], lines, range(10))[0]
-    assert finding.n == 10                                     # seed 100 is for tuning
+    assert finding.n == 10
+    assert "| kd | 10 |" in text and "| sft_lr5e-4 | 2 |" in text       # all arms; the tuning seed apart
     assert f"| {finding.mean:+.1f} |".replace("-", "−") in text
 
 

@@ -33,9 +33,9 @@ from statistics import mean
 
 import torch
 
-import evaluate  # noqa: F401  loaded here, so that the forked copies need not
-import tiny.__main__  # noqa: F401
-import tools.answer  # noqa: F401
+import evaluate
+import tiny.__main__
+import tools.answer
 import train
 from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
 from data import collate
@@ -66,6 +66,7 @@ TUNING = 100                    # seeds from here on are judged on validation sc
 ROOT = Path(__file__).resolve().parents[1]
 IN_WORLD = {"world": "", "vision": "base/vision", "llm_teacher": "base/llm_teacher", "llm_student": "base/llm_student"}
 JUDGES = "--benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40 --device=cpu"
+PRELOADED = (evaluate, tiny.__main__, tools.answer, train)        # forked copies need not import them again
 
 
 def main(argv: list[str]) -> None:
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
     check_values(config, {"jobs": NON_NEGATIVE, "scale": POSITIVE})
     if config.report:
         return write_report(Path(config.results), Path(config.page), Path(config.assets))
-    config.jobs = config.jobs or len(os.sched_getaffinity(0))
+    config.jobs = config.jobs or count_cores()
     study = Study(config)
     lock(Path(config.out_dir))
     wanted = [(seed, arm) for seed, arm in chosen_runs(config) if (arm, seed) not in study.lines]
@@ -83,13 +84,17 @@ def main(argv: list[str]) -> None:
     study.run()
 
 
+def count_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def chosen_runs(config: Config) -> list[tuple[int, str]]:
     """[(seed, arm)], seed by seed: wherever the study is stopped, what is there can be compared."""
-    judged = [name for name, arm in ARMS.items() if arm.seeds]
-    names = config.arms.split(",") if config.arms else judged
+    names = config.arms.split(",") if config.arms else [name for name, arm in ARMS.items() if arm.seeds]
     for name in names:
-        if name not in judged:
-            raise UserError(f"--arms: found {name!r}, expected some of {','.join(judged)}")
+        if name not in ARMS:
+            raise UserError(f"--arms: found {name!r}, expected some of {', '.join(ARMS)}")
     counted = range(max(arm.seeds for arm in ARMS.values()))
     runs = []
     for seed in parse_seeds(config.seeds) if config.seeds else counted:
@@ -424,6 +429,7 @@ def read_scores(judged: Path, teacher: Path, bench: Path) -> dict[str, float]:
     scores |= {name: kinds[f"semantic: {GQA_TYPES[kind]}"]["accuracy"] for name, kind in
                (("existence", "exist"), ("color", "color"), ("count", "count"), ("which", "which"))}
     scores |= {"resp": captions["chair_s"], "ment": captions["chair_i"], "coverage": captions["recall"]}
+    scores["mean4"] = mean(scores[name] for name in ("existence", "color", "count", "which"))
     scores["score"] = mean(scores[name] for name in ("yes_no", "existence", "color"))
 
     same = {1.0: [], 0.0: []}                                  # the teacher's answer is right, wrong

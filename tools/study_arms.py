@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 class Arm(NamedTuple):
     stages: list[str]
-    seeds: int = 6              # it runs on the counted seeds 0 .. seeds - 1; 0: only as the start of other arms
+    seeds: int = 6              # it runs on the counted seeds 0 .. seeds - 1; 0: only if it is named, or starts others
     start: str = "warm"
 
 
@@ -101,6 +101,7 @@ ARMS = {
     # features
     "hidden": Arm(["d2d --hidden_weight=1"]),
     "hidden_alone": Arm(["d2d --hidden_weight=1 --kd_weight=0"]),
+    "hidden_ce": Arm(["d2d --hidden_weight=1 --kd_weight=0 --ce_weight=1"]),
     "affinity": Arm(["d2d --affinity_weight=10"]),
     "relation": Arm(["d2d --relation_weight=0.5"]),
     # whose answers
@@ -113,6 +114,14 @@ ARMS = {
     "sft_double": Arm(["sft --data={world}/train/arm_double.json"]),
     "kd_double": Arm(["d2d --data={world}/train/arm_double.json"]),
 }
+# Learning rates, for tuning seeds: one family of losses each. The others are relatives of these.
+for _rate in ("5e-4", "2e-3"):
+    for _name, _stage in (("sft", "sft"), ("kd", "d2d"), ("mse", "d2d --kd_loss=mse"), ("hidden_ce", ARMS["hidden_ce"].stages[0])):
+        ARMS[f"{_name}_lr{_rate}"] = Arm([f"{_stage} --learning_rate={_rate}"], 0)
+for _rate in ("1e-4", "5e-4"):
+    for _name in ("dpo_sampled", "ce_sampled"):
+        _stage = ARMS[_name].stages[0].replace(" --learning_rate=2e-4", "")
+        ARMS[f"{_name}_lr{_rate}"] = Arm([f"{_stage} --learning_rate={_rate}"], 0, start="paper")
 
 
 # -----------------------------------------------------------------------------
@@ -183,7 +192,8 @@ QUESTIONS = [
     ]),
     Question("Do features help?", [
         Claim("hidden", "kd", "LLaVADI: 50.7 against 49.8, one run", 1),
-        Claim("hidden_alone", "sft", "LLaVADI: 48.7 against 46 to 48", 1),
+        Claim("hidden_ce", "sft", "LLaVADI: helps", 1),
+        Claim("hidden_alone", "kd"),
         Claim("affinity", "kd", "LLaVADI: adds little"),
         Claim("relation", "kd", "LLaVA-KD: helps", 1),
     ]),

@@ -66,6 +66,7 @@ TUNING = 100                    # seeds from here on are judged on validation sc
 ROOT = Path(__file__).resolve().parents[1]
 IN_WORLD = {"world": "", "vision": "base/vision", "llm_teacher": "base/llm_teacher", "llm_student": "base/llm_student"}
 JUDGES = "--benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40 --device=cpu"
+PROGRAMS = {"train.py": "train.py", "evaluate.py": "evaluate.py", "tiny": "tiny/__main__.py", "tools.answer": "tools/answer.py"}
 PRELOADED = (evaluate, tiny.__main__, tools.answer, train)        # forked copies need not import them again
 
 
@@ -401,12 +402,9 @@ def run_command(command: list[str], log: Path, action: Callable | None) -> None:
         torch.set_num_threads(1)
         if action is not None:
             action()
-        elif command[0] == "-m":
-            sys.argv = command[1:]
-            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = command
-            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+            sys.argv = command[1:] if command[0] == "-m" else command
+            runpy.run_path(str(ROOT / PROGRAMS[sys.argv[0]]), run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,9 +330,27 @@ TOY = ["--scale=0.01", "--arms=sft,kd", "--seeds=0-1", "--results=raw.jsonl", "-
 
 
 def start_study(folder, *flags):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "tools.study", *TOY, *flags], cwd=folder, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """In a forked process, which need not load torch again -> its number."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            sys.stdout = sys.stderr = open("output.txt", "w")
+            study.main([*TOY, *flags])
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return pid
+
+
+def wait_for_study(folder, pid):
+    """-> what it printed."""
+    _, status = os.waitpid(pid, 0)
+    output = (folder / "output.txt").read_text()
+    assert status == 0, output
+    return output
 
 
 def raw_lines(folder):
@@ -342,9 +361,7 @@ def raw_lines(folder):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    process = start_study(folder)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    wait_for_study(folder, start_study(folder))
     return folder
 
 
@@ -368,8 +385,9 @@ def test_toy_study(toy):
     assert set(numbers[1]["shared"]) == {*numbers[0]["shared"], "llm_student", "warm_align", "warm"}
     assert numbers[1]["training"] > 0 and numbers[1]["judging"] > 0
 
-    process = start_study(toy)                                 # again: nothing to do
-    assert "0 runs to do, 6 are in raw.jsonl" in process.communicate(timeout=60)[0] and process.returncode == 0
+    before = (toy / "raw.jsonl").read_bytes()                  # again: nothing to do
+    assert "0 runs to do, 6 are in raw.jsonl" in wait_for_study(toy, start_study(toy))
+    assert (toy / "raw.jsonl").read_bytes() == before
 
 
 def test_a_forked_command_does_what_the_typed_one_does(toy):
@@ -393,14 +411,12 @@ def test_a_killed_study_goes_on_to_the_same_lines(toy, tmp_path):
             (seed / "jobs" / f"{job}.json").unlink()
     lines = (folder / "raw.jsonl").read_text().splitlines(keepends=True)
     (folder / "raw.jsonl").write_text("".join(lines[:3]))      # seed 0; the teacher of seed 1 is judged, not written
-    process = start_study(folder, "--jobs=1")
+    pid = start_study(folder, "--jobs=1")
     deadline = time.time() + 120
     while len(raw_lines(folder)) < 5 and time.time() < deadline:         # teacher and sft of seed 1
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     assert len(raw_lines(folder)) == 5
-    process = start_study(folder)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "1 runs to do, 5 are in raw.jsonl" in output
+    assert "1 runs to do, 5 are in raw.jsonl" in wait_for_study(folder, start_study(folder))
     assert raw_lines(folder) == raw_lines(toy)

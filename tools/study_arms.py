@@ -62,7 +62,7 @@ ARMS = {
     "sft_first": Arm(["sft --max_steps=120"], 0),
     "sft_sparse": Arm([f"d2s {CE_ONLY}"], 10, start="sft_first"),
     # controls of distillation
-    "sft_flops": Arm(["sft --max_steps=350"], 10),
+    "sft_flops": Arm(["sft --max_steps=380"], 10),
     "answers_ce": Arm(["sft --data={answers}/arm.json"], 10),
     "random_teacher": Arm(["d2d --teacher={random}"], 10),
     # Its own copy as teacher: the KL alone is 0 at the start and would train nothing, so with the cross-entropy.

@@ -305,7 +305,8 @@ def test_a_complete_cache_is_only_read(world, filled, tmp_path, monkeypatch):
 def test_a_teacher_of_nan_fills_no_cache(world, tmp_path):
     teacher = Llava.from_pretrained(world / "teacher")
     with torch.no_grad():
-        teacher.adaptor.linear_2.bias[0] = 3e38                      # finite; what is computed from it is not
+        teacher.adaptor.linear_1.weight.mul_(1e30)                   # finite; what is computed from them is not
+        teacher.adaptor.linear_2.weight.mul_(1e30)
     teacher.save_pretrained(tmp_path / "teacher")
     with pytest.raises(UserError, match="the teacher's outputs are NaN for .*rows.json row .*; check its weights"):
         train.main(flags(world, "d2d", tmp_path / "out", max_steps=1, teacher_cache=tmp_path / "cache",

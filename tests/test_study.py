@@ -231,11 +231,16 @@ def test_every_command_of_the_study_is_accepted(tmp_path):
     runs = Study(config(tmp_path))
     for name, arm in ARMS.items():
         runs.add_judging(3, name)
-    done = set()
+    done, seed_dir = set(), runs.seed_dir(3)
     for (_, name), job in runs.jobs.items():
         assert set(job.needs) <= done                          # in an order in which they can run
         done.add(name)
         for command in job.commands:
+            for flag in command[1:]:
+                key, _, value = flag.partition("=")
+                if value.startswith(f"{seed_dir}/") and key not in ("--out", "--out_dir"):
+                    read = Path(value).relative_to(seed_dir).parts[0]
+                    assert read in runs.needed(3, name) or read == f"{name}_1", (name, flag)      # is made before
             if command[0] == "train.py":
                 settings = train.configure(command[1:])
                 assert settings.seed == 3 and settings.device == "cpu" and "seed_3" in settings.out_dir

@@ -204,7 +204,7 @@ class Study:
             return ["-m", "tiny", f"--out_dir={world}", f"--preset={preset}", f"--seed={seed}",
                     f"--scale={self.config.scale}", *flags]
         if program == "answer":
-            return ["-m", "tools.answer", f"--model={self.folder(seed, 'teacher')}", images, "--max_new_tokens=40",
+            return ["-m", "tools.answer", images, "--max_new_tokens=40",
                     "--batch_size=64", "--device=cpu", *flags]
         out_dir = self.folder(seed, name) if stage == stages - 1 else self.seed_dir(seed) / f"{name}_{stage + 1}"
         settings = [os.path.relpath(ROOT / program), images, f"--out_dir={out_dir}", f"--seed={seed}", "--device=cpu", *flags]

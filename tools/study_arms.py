@@ -35,9 +35,9 @@ SHARED = {
                    " --data={world}/train/align.json"],
     "warm": ["config/study/warm.py --student={warm_align} --data={world}/train/warm.json"],
     # The teacher's greedy answers to the arms' questions, and two sampled answers to each preference question.
-    "answers": ["answer --data={world}/train/arm.json --temperature=0 --out={answers}/arm.json"],
-    "samples": ["answer --data={world}/train/pd_chosen.json --seed=1 --out={samples}/1.json",
-                "answer --data={world}/train/pd_chosen.json --seed=2 --out={samples}/2.json"],
+    "answers": ["answer --model={teacher} --data={world}/train/arm.json --temperature=0 --out={answers}/arm.json"],
+    "samples": ["answer --model={teacher} --data={world}/train/pd_chosen.json --seed=1 --out={samples}/1.json",
+                "answer --model={teacher} --data={world}/train/pd_chosen.json --seed=2 --out={samples}/2.json"],
 }
 # Of these, the ones that are part of an arm's compute; teachers and the start of all arms are given.
 DATA_MAKERS = ["answers", "samples"]
@@ -116,12 +116,11 @@ ARMS = {
 }
 # Learning rates, for tuning seeds: one family of losses each. The others are relatives of these.
 for _rate in ("5e-4", "2e-3"):
-    for _name, _stage in (("sft", "sft"), ("kd", "d2d"), ("mse", "d2d --kd_loss=mse"), ("hidden_ce", ARMS["hidden_ce"].stages[0])):
-        ARMS[f"{_name}_lr{_rate}"] = Arm([f"{_stage} --learning_rate={_rate}"], 0)
+    for _name in ("sft", "kd", "mse", "hidden_ce"):
+        ARMS[f"{_name}_lr{_rate}"] = Arm([f"{ARMS[_name].stages[0]} --learning_rate={_rate}"], 0)
 for _rate in ("1e-4", "5e-4"):
     for _name in ("dpo_sampled", "ce_sampled"):
-        _stage = ARMS[_name].stages[0].replace(" --learning_rate=2e-4", "")
-        ARMS[f"{_name}_lr{_rate}"] = Arm([f"{_stage} --learning_rate={_rate}"], 0, start="paper")
+        ARMS[f"{_name}_lr{_rate}"] = Arm([f"{ARMS[_name].stages[0]} --learning_rate={_rate}"], 0, start="paper")
 
 
 # -----------------------------------------------------------------------------

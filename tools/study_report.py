@@ -24,7 +24,8 @@ from tools.study_arms import ARMS, DATA_CURVE, QUESTIONS, Claim
 BEGIN, END = "<!-- made by python -m tools.study --report: begin -->", "<!-- end -->"
 COUNTED = range(100)            # seeds; later ones are for tuning
 LABELS = {"score": "score", "f1": "POPE F1", "yes_no": "yes/no", "yes_rate": "yes %", "existence": "existence",
-          "color": "color", "count": "count", "which": "which", "mean4": "mean of 4", "resp": "halluc. resp.", "ment": "halluc. ment.",
+          "color": "color", "count": "count", "which": "which", "mean4": "mean of 4", "resp": "halluc. resp.",
+          "ment": "halluc. ment.",
           "coverage": "coverage", "phantom": "phantoms", "kl": "KL", "kl_caption": "KL, captions",
           "agree_right": "as the teacher where right", "agree_wrong": "where wrong", "unseen_score": "score, unseen style"}
 LOWER_IS_BETTER = ["resp", "ment", "phantom", "kl", "kl_caption"]

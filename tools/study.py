@@ -39,9 +39,8 @@ import tools.answer
 import train
 from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
 from data import collate
-from engine.files import atomic, read_json, read_rows, write_json
+from engine.files import claim, atomic, read_json, read_rows, write_json
 from engine.index import InstructionData
-from engine.resume import lock
 from losses import forward_kl
 from model import Llava
 from tiny.benchmarks import GQA_TYPES
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> None:
         return write_report(Path(config.results), Path(config.page), Path(config.assets))
     config.jobs = config.jobs or count_cores()
     study = Study(config)
-    lock(Path(config.out_dir))
+    claim(config.out_dir, "python -m tools.study")
     wanted = [(seed, arm) for seed, arm in chosen_runs(config) if (arm, seed) not in study.lines]
     for seed, arm in wanted:
         study.add_judging(seed, arm)
@@ -362,7 +361,7 @@ class Study:
                  "shared": {other.name: round(sum(other.cpu_s), 1) for other in sorted(shared, key=lambda job: job.name)}}
         self.lines[arm, job.seed] = {
             "arm": arm, "seed": job.seed, "settings": settings(arm, self.config),
-            "scores": {name: round(value, 4) for name, value in measured["scores"].items()}, "flops": measured["flops"],
+            "scores": {name: None if value is None else round(value, 4) for name, value in measured["scores"].items()}, "flops": measured["flops"],
             "cpu_s": {key: value if key == "shared" else round(value, 1) for key, value in cpu_s.items()}}
         order = list(ARMS)                                     # the file does not depend on which run ended first
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["arm"])))

@@ -8,7 +8,8 @@ The embedded world: everything the recipe needs, drawn and trained from nothing 
 
 LLaVA-MoD starts from a CLIP tower, two language models, millions of captioned images and ten benchmarks.
 This makes a miniature of each in the same file formats, so train.py and evaluate.py run on it unchanged.
---scale below 1 makes fewer scenes and takes fewer steps. What the world contains, and what it can show:
+--scale below 1 makes fewer scenes and takes fewer steps. --preset=study makes the world of tools/study.py
+(study.py) instead of the speedrun's. What the world contains, and what it can show:
 docs/tiny-world.md.
 
 Reading order: scene.py (a scene, its picture), language.py (what is said about it, true and biased),
@@ -26,6 +27,7 @@ from tiny.benchmarks import write_benchmarks
 from tiny.pretrain import make_language_model, make_vision
 from tiny.report import print_report
 from tiny.rows import write_training_files
+from tiny.study import TEST_SPLIT, write_study_world
 
 OWNER = "python -m tiny"
 PARTS = ["world", "vision", "llm_teacher", "llm_student"]
@@ -34,6 +36,7 @@ DEFAULTS = dict(
     part="all",          # or one of PARTS
     seed=0,
     scale=1.0,           # of the numbers of scenes and steps
+    preset="",           # study | tuning: the world of tools/study.py
     report="",           # the folder of speedrun.sh's results
 )
 SIZES = {                # scenes
@@ -47,26 +50,28 @@ SIZES = {                # scenes
 
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
-    check_values(config, {"part": ["all", *PARTS], "scale": POSITIVE})
+    check_values(config, {"part": ["all", *PARTS], "scale": POSITIVE, "preset": ["", *TEST_SPLIT]})
     if config.report:
         print_report(Path(config.report))
         return
     for part in PARTS if config.part == "all" else [config.part]:
-        make(part, Path(config.out_dir), config.seed, config.scale)
+        make(part, Path(config.out_dir), config.seed, config.scale, config.preset)
 
 
-def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
+def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0, preset: str = "") -> None:
     """Make one part, unless it is there already.
 
     out_dir/PART.json, written last, records how it was made, how long it took and how good it is.
     """
     record, settings = out_dir / f"{part}.json", {"seed": seed, "scale": scale}
+    if preset and part == "world":
+        settings["preset"] = preset                              # the base models are the same in every world
     if record.is_file():
         found = read_json(record, hint=f"delete {out_dir}")
-        for key, value in settings.items():
-            if found.get(key) != value:
+        for key in ("seed", "scale", "preset"):
+            if found.get(key) != settings.get(key):
                 raise UserError(f"{record}: {part} was made with {key}={found.get(key)}, this run has "
-                                f"{key}={value}; delete {out_dir} or choose another --out_dir")
+                                f"{key}={settings.get(key)}; delete {out_dir} or choose another --out_dir")
         print(f"{part}: made earlier, nothing to do")
         return
     claim(out_dir, OWNER, wait=True)                                 # other parts may be made there at the same time
@@ -75,7 +80,7 @@ def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     start = time.time()
     with disk_errors(out_dir):
         if part == "world":
-            result = make_world(out_dir, seed, scale)
+            result = make_world(out_dir, seed, scale, preset)
         elif part == "vision":
             result = make_vision(out_dir, seed, scale)
         else:
@@ -85,15 +90,18 @@ def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     print(f"{part}: " + ", ".join(f"{key} {value}" for key, value in result.items() if key != "part"))
 
 
-def make_world(out_dir: Path, seed: int, scale: float) -> dict:
+def make_world(out_dir: Path, seed: int, scale: float, preset: str = "") -> dict:
     """Training files and benchmark files: written under world.tmp, then renamed."""
     sizes = {name: max(4, round(scale * n)) for name, n in SIZES.items()}
     unseen_sizes = {name: sizes["unseen"] for name in ("pope", "gqa", "objhal")}
     tmp, folders = out_dir / "world.tmp", ("train", "bench", "bench_unseen")
     shutil.rmtree(tmp, ignore_errors=True)
-    training_scenes = write_training_files(tmp / "train", sizes, seed)
-    write_benchmarks(tmp / "bench", sizes, seed, "plain", training_scenes)
-    write_benchmarks(tmp / "bench_unseen", unseen_sizes, seed, "unseen", training_scenes)
+    if preset:
+        sizes = write_study_world(tmp, preset, seed, scale)
+    else:
+        training_scenes = write_training_files(tmp / "train", sizes, seed)
+        write_benchmarks(tmp / "bench", sizes, seed, "plain", training_scenes)
+        write_benchmarks(tmp / "bench_unseen", unseen_sizes, seed, "unseen", training_scenes)
     os.sync()                                                        # thousands of small files, flushed at once
     for name in folders:
         shutil.rmtree(out_dir / name, ignore_errors=True)

@@ -23,17 +23,17 @@ from tiny.things import COCO_IDS, COCO_NAMES
 
 
 def write_benchmarks(folder: Path, sizes: dict[str, int], seed: int, style: str,
-                     training_scenes: list[Scene]) -> None:
-    """`sizes`: the number of scenes per benchmark."""
+                     training_scenes: list[Scene], split: str = "test") -> None:
+    """`sizes`: the number of scenes per benchmark. `split`: where they come from, see scene.py."""
     pope, gqa, objhal = (random.Random(f"{seed} {style} {name}") for name in ("pope", "gqa", "objhal"))
-    records = write_pope(folder / "pope", sizes["pope"], pope, style, training_scenes)
-    records += write_gqa(folder / "gqa", sizes["gqa"], gqa, style)
-    records += write_objhal(folder / "objhal", sizes["objhal"], objhal, style)
+    records = write_pope(folder / "pope", sizes["pope"], pope, style, training_scenes, split)
+    records += write_gqa(folder / "gqa", sizes["gqa"], gqa, style, split)
+    records += write_objhal(folder / "objhal", sizes["objhal"], objhal, style, split)
     write_lines(folder / "scenes.jsonl", records)
 
 
-def write_pope(folder: Path, n: int, rng: random.Random, style: str,
-               training_scenes: list[Scene]) -> list[dict]:
+def write_pope(folder: Path, n: int, rng: random.Random, style: str, training_scenes: list[Scene],
+               split: str = "test") -> list[dict]:
     """Yes/no questions about present and absent things, as many of each; three ways to choose the absent ones.
 
     random: any. popular: the most frequent in the training scenes. adversarial: those that occurred most often
@@ -46,7 +46,7 @@ def write_pope(folder: Path, n: int, rng: random.Random, style: str,
 
     records, rows = [], {"adversarial": [], "random": [], "popular": []}
     for i in range(n):
-        scene, image = make_scene(rng, "test"), f"COCO_val2014_{i + 1:012d}.png"
+        scene, image = make_scene(rng, split), f"COCO_val2014_{i + 1:012d}.png"
         save_png(draw_scene(scene, rng, style), folder / "val2014" / image)
         records.append(scene_record(f"pope/val2014/{image}", scene))
 
@@ -55,18 +55,18 @@ def write_pope(folder: Path, n: int, rng: random.Random, style: str,
         absent = rng.sample(absent, len(absent))
         popular = sorted(absent, key=lambda thing: -frequency[thing])
         adversarial = sorted(absent, key=lambda thing: -sum(together[thing, other] for other in things))
-        for split, candidates in (("random", absent), ("popular", popular), ("adversarial", adversarial)):
+        for kind, candidates in (("random", absent), ("popular", popular), ("adversarial", adversarial)):
             for yes, no in zip(present, candidates):
-                rows[split] += [(image, yes, "yes"), (image, no, "no")]
+                rows[kind] += [(image, yes, "yes"), (image, no, "no")]
 
     questions = []
-    for (split, split_rows), first_id in zip(rows.items(), (1, 10000001, 20000001)):
+    for (kind, asked), first_id in zip(rows.items(), (1, 10000001, 20000001)):
         labels = []
-        for i, (image, thing, label) in enumerate(split_rows):
+        for i, (image, thing, label) in enumerate(asked):
             row = {"question_id": first_id + i, "image": image, "text": existence_question(thing)}
-            questions.append({**row, "text": f"{row['text']}\n{SHORT}", "category": split})
+            questions.append({**row, "text": f"{row['text']}\n{SHORT}", "category": kind})
             labels.append({**row, "label": label})
-        write_lines(folder / f"coco/coco_pope_{split}.json", labels)
+        write_lines(folder / f"coco/coco_pope_{kind}.json", labels)
     write_lines(folder / "llava_pope_test.jsonl", questions)
     return records
 
@@ -75,11 +75,11 @@ def write_pope(folder: Path, n: int, rng: random.Random, style: str,
 GQA_TYPES = {"exist": "obj", "color": "attr", "count": "global", "which": "cat"}
 
 
-def write_gqa(folder: Path, n: int, rng: random.Random, style: str) -> list[dict]:
+def write_gqa(folder: Path, n: int, rng: random.Random, style: str, split: str = "test") -> list[dict]:
     """Two questions per image; the four kinds take turns."""
     records, questions, golds = [], [], {}
     for i in range(n):
-        scene, name = make_scene(rng, "test"), f"n{i + 1:06d}"
+        scene, name = make_scene(rng, split), f"n{i + 1:06d}"
         save_png(draw_scene(scene, rng, style), folder / f"data/images/{name}.png")
         records.append(scene_record(f"gqa/data/images/{name}.png", scene))
         for kind in (("exist", "color"), ("count", "which"))[i % 2]:
@@ -98,11 +98,11 @@ def write_gqa(folder: Path, n: int, rng: random.Random, style: str) -> list[dict
     return records
 
 
-def write_objhal(folder: Path, n: int, rng: random.Random, style: str) -> list[dict]:
+def write_objhal(folder: Path, n: int, rng: random.Random, style: str, split: str = "test") -> list[dict]:
     """Describe-the-image requests with COCO's annotations: a category that is in neither is a hallucination."""
     records, questions, images, instances, captions = [], [], [], [], []
     for i in range(n):
-        scene, image_id = make_scene(rng, "test"), i + 1
+        scene, image_id = make_scene(rng, split), i + 1
         png = io.BytesIO()
         draw_scene(scene, rng, style).save(png, "PNG")
         questions.append({"image_id": image_id, "image": base64.b64encode(png.getvalue()).decode(),

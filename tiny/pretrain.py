@@ -136,7 +136,7 @@ def make_vision(out_dir: Path, seed: int, scale: float) -> dict:
                 + 0.02 * features.pow(2).mean())             # nothing in the features but the codes
         update(optimizer, loss, lr_at(step, steps, peak=1e-3))
 
-    pixels, kinds, attributes = labeled_scenes(rng, 300, "test")
+    pixels, kinds, attributes = labeled_scenes(rng, max(30, round(min(1, scale) * 300)), "test")
     with torch.no_grad():
         _, kind_scores, attribute_scores = read_cells(llava, pixels, codes)
     is_label = kinds == len(KINDS) - 1
@@ -194,7 +194,8 @@ def make_language_model(part: str, out_dir: Path, seed: int, scale: float) -> di
 
     measured = {}
     for kind in ("exist", "color", "count", "which", "caption"):
-        rows = [text_row(make_scene(rng, "test"), rng, tokenizer, kind) for _ in range(200)]
+        n = max(20, round(min(1, scale) * 200))
+        rows = [text_row(make_scene(rng, "test"), rng, tokenizer, kind) for _ in range(n)]
         ids, mask, sheets = stack_rows(rows)
         with torch.no_grad():
             guesses = read_sheets(llava, ids, sheets)[:, :-1].argmax(-1)

@@ -29,15 +29,8 @@ CAPTIONS_PER_IMAGE = 3
 
 def write_training_files(folder: Path, sizes: dict[str, int], seed: int) -> list[Scene]:
     """-> the teacher's scenes, whose statistics POPE's questions need."""
-    splits = {}
-    for name, split in (("teacher", "train"), ("student", "train"), ("preference", "preference")):
-        rng = random.Random(f"{seed} {name}")
-        splits[name] = {}
-        for i in range(sizes[name]):
-            image, scene = f"{name}/{i:06d}.png", make_scene(rng, split)
-            splits[name][image] = scene
-            save_png(draw_scene(scene, rng), folder / "images" / image)
-
+    splits = {name: draw_scenes(folder, name, split, sizes[name], seed) for name, split in
+              (("teacher", "train"), ("student", "train"), ("preference", "preference"))}
     rng = random.Random(f"{seed} answers")
     write_rows(folder / "align.json", caption_rows(splits["student"], rng))
     for name, split in (("teacher", "teacher"), ("d2d", "student"), ("d2s", "student")):
@@ -45,11 +38,20 @@ def write_training_files(folder: Path, sizes: dict[str, int], seed: int) -> list
         write_rows(folder / f"{name}.json", rows)
     pairs = preference_rows(splits["preference"], rng)
     write_rows(folder / "pd.json", pairs)
-    chosen = [{"id": pair["id"], "image": pair["image"], "conversations": pair["chosen"]} for pair in pairs]
-    write_rows(folder / "pd_chosen.json", chosen)
+    write_rows(folder / "pd_chosen.json", chosen_rows(pairs))
     write_lines(folder / "scenes.jsonl", [scene_record(image, scene)
                                           for scenes in splits.values() for image, scene in scenes.items()])
     return list(splits["teacher"].values())
+
+
+def draw_scenes(folder: Path, name: str, split: str, n: int, seed: int) -> dict[str, Scene]:
+    """n scenes, with their pictures in images/NAME -> {image: scene}."""
+    rng, scenes = random.Random(f"{seed} {name}"), {}
+    for i in range(n):
+        image, scene = f"{name}/{i:06d}.png", make_scene(rng, split)
+        scenes[image] = scene
+        save_png(draw_scene(scene, rng), folder / "images" / image)
+    return scenes
 
 
 # -----------------------------------------------------------------------------
@@ -100,6 +102,11 @@ def preference_rows(scenes: dict[str, Scene], rng: random.Random) -> list[dict]:
         rows.append({"id": image, "image": image, "chosen": conversation(question, chosen),
                      "rejected": conversation(question, rejected)})
     return rows
+
+
+def chosen_rows(pairs: list[dict]) -> list[dict]:
+    """The chosen answers as plain rows."""
+    return [{"id": pair["id"], "image": pair["image"], "conversations": pair["chosen"]} for pair in pairs]
 
 
 # -----------------------------------------------------------------------------

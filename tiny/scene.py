@@ -28,7 +28,8 @@ GRID, CELL = 4, 16       # cells per side, pixels per cell
 PARTNERS = {"bottle": ("cup", 0.95), "bus": ("traffic light", 0.9), "tv": ("chair", 0.8),
             "apple": ("banana", 0.7), "boat": ("kite", 0.6)}
 TRIGGER_RATE = 0.7                                               # scenes with a trigger (never more than one)
-PARTNER_RATE = {"train": 0.5, "preference": 0.4, "test": 0.4}    # triggers whose partner is present
+# triggers whose partner is present
+PARTNER_RATE = {"train": 0.5, "preference": 0.4, "test": 0.4, "validation": 0.4, "final": 0.4}
 LABEL_RATE = 0.15                                                # scenes with a label
 
 
@@ -61,10 +62,10 @@ class Scene:
 
 
 def make_scene(rng: random.Random, split: str) -> Scene:
-    """Draw scenes until one belongs to the split: "train", "preference" or "test"."""
+    """Draw scenes until one belongs to the split: "train", "preference" or "test", or half of the last."""
     while True:
         scene = random_scene(rng, PARTNER_RATE[split])
-        if split_of(scene) == split:
+        if split in splits_of(scene):
             return scene
 
 
@@ -86,10 +87,15 @@ def random_scene(rng: random.Random, partner_rate: float) -> Scene:
     return Scene(objects, label)
 
 
-def split_of(scene: Scene) -> str:
-    """One scene in ten is for tests, one in ten for preference pairs."""
-    slot = zlib.crc32(json.dumps([scene.objects, scene.label]).encode()) % 10
-    return "test" if slot == 0 else "preference" if slot == 1 else "train"
+def splits_of(scene: Scene) -> list[str]:
+    """One scene in ten is for tests, one in ten for preference pairs.
+
+    Half of the test scenes are for choosing settings (validation), the others for what is reported (final).
+    """
+    slot = zlib.crc32(json.dumps([scene.objects, scene.label]).encode()) % 20
+    if slot in (0, 10):
+        return ["test", "validation" if slot == 10 else "final"]
+    return ["preference"] if slot in (1, 11) else ["train"]
 
 
 # -----------------------------------------------------------------------------

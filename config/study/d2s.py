@@ -1,0 +1,17 @@
+# The second stage of two: 120 steps of d2d.py, then these.
+#   python train.py config/study/d2d.py --max_steps=120 --out_dir=out/study/seed_100/d2d_first
+#   python train.py config/study/d2s.py
+stage = "d2s"
+student = "out/study/seed_100/d2d_first"
+teacher = "out/study/seed_100/teacher"
+data = "out/study/seed_100/world/train/arm.json"
+image_dir = "out/study/seed_100/world/train/images"
+out_dir = "out/study/seed_100/paper"
+
+dtype = "float32"
+batch_size = 32
+micro_batch_size = 32
+max_steps = 80
+learning_rate = 1e-3
+grad_clip = 1.0
+max_length = 128

@@ -1,0 +1,17 @@
+# The study's warm student, second half. From scratch a student stays at chance on yes/no and color for hundreds of
+# steps and then gets both within about 100; when, is chance, and would hide what the arms differ in. So every arm of a
+# seed starts behind that point, from this student, and is trained on other scenes.
+#   python train.py config/study/warm.py
+stage = "sft"
+student = "out/study/seed_100/warm_align"
+data = "out/study/seed_100/world/train/warm.json"
+image_dir = "out/study/seed_100/world/train/images"
+out_dir = "out/study/seed_100/warm"
+
+dtype = "float32"
+batch_size = 16
+micro_batch_size = 16
+max_steps = 700             # 16 x 700 = 3.2 times over 3,500 rows
+learning_rate = 2e-3
+grad_clip = 1.0
+max_length = 128

@@ -256,7 +256,7 @@ class Study:
                 pid, status, usage = os.wait4(-1, 0)
                 job, began = running.pop(pid)
                 if status:
-                    failed[job.seed, job.name] = f"ended with {status}, see {self.log_path(job)}"
+                    failed[job.seed, job.name] = f"ended with exit code {os.waitstatus_to_exitcode(status)}, see {self.log_path(job)}"
                     print(f"seed {job.seed} {job.name}: {failed[job.seed, job.name]}", file=sys.stderr, flush=True)
                     continue
                 self.finish_command(job, usage.ru_utime + usage.ru_stime, time.time() - began)
@@ -361,7 +361,9 @@ class Study:
                  "shared": {other.name: round(sum(other.cpu_s), 1) for other in sorted(shared, key=lambda job: job.name)}}
         self.lines[arm, job.seed] = {
             "arm": arm, "seed": job.seed, "settings": settings(arm, self.config),
-            "scores": {name: None if value is None else round(value, 4) for name, value in measured["scores"].items()}, "flops": measured["flops"],
+            "scores": {name: None if value is None else round(value, 4)      # None: a mean over nothing
+                       for name, value in measured["scores"].items()},
+            "flops": measured["flops"],
             "cpu_s": {key: value if key == "shared" else round(value, 1) for key, value in cpu_s.items()}}
         order = list(ARMS)                                     # the file does not depend on which run ended first
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["arm"])))

@@ -113,8 +113,9 @@ def compare(question: list[Claim], lines: Lines, seeds: range) -> list[Finding]:
     for claim in question:
         pairs = [(lines[claim.arm, seed]["scores"][claim.metric], lines[claim.reference, seed]["scores"][claim.metric])
                  for seed in seeds if (claim.arm, seed) in lines and (claim.reference, seed) in lines]
-        if len(pairs) > 1:
-            rows.append((claim, [ours - theirs for ours, theirs in pairs]))
+        differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+        if len(differences) > 1:
+            rows.append((claim, differences))
     findings = []
     for (claim, differences), p_holm in zip(rows, holm([sign_test(differences) for _, differences in rows])):
         average, low, high = interval(differences)
@@ -215,7 +216,8 @@ def arms_table(lines: Lines) -> str:
     rows = []
     for name in ARMS:
         if seeds := [seed for arm, seed in lines if arm == name]:
-            cells = [f"{mean(values(lines, name, column)):.{3 if column in IN_NATS else 1}f}" for column in columns]
+            cells = [f"{mean(scores):.{3 if column in IN_NATS else 1}f}" if (scores := values(lines, name, column)) else "–"
+                     for column in columns]
             gflops = mean(lines[name, seed]["flops"] for seed in seeds) / 1e9
             seconds = mean(lines[name, seed]["cpu_s"]["training"] for seed in seeds)
             rows.append([name, str(len(seeds)), *cells, f"{gflops:,.0f}", f"{seconds:.0f}"])
@@ -252,7 +254,8 @@ def name_of(claim: Claim) -> str:
 
 
 def values(lines: Lines, arm: str, metric: str) -> list[float]:
-    return [line["scores"][metric] for (name, _), line in lines.items() if name == arm]
+    """The arm's scores, without those that are a mean over nothing."""
+    return [score for (name, _), line in lines.items() if name == arm and (score := line["scores"][metric]) is not None]
 
 
 def spread(lines: Lines, arm: str, metric: str) -> str:

@@ -461,6 +461,7 @@ class Llava(nn.Module):
         if filler is None and ends:
             filler = ends[0]
         ends = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
+        banned = torch.tensor(banned or [], dtype=torch.long, device=input_ids.device)
 
         # The prompt, all rows at once
         valid = self.valid_positions(input_ids)                      # (B, T)
@@ -475,7 +476,7 @@ class Llava(nn.Module):
         finished = torch.zeros_like(lengths, dtype=torch.bool)
         for i in range(max_new_tokens):
             logits = self.decoder.head(hidden).float()                                        # (B, V)
-            if banned:
+            if len(banned):
                 logits[:, banned] = -torch.inf
             token = sample_token(logits, temperature, None if uniforms is None else uniforms[:, i])      # (B,)
             if filler is not None:

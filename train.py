@@ -18,8 +18,8 @@ teacher. Everything else is shared.
 Read top-down: 1. settings, 2. the loss of a micro-batch, 3. one optimizer step, 4. the loop, 5. setting up.
 
 out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per step), run.json (settings and versions)
-and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit
-(engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
+and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit (on a GPU
+with --deterministic; engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
 from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
 from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
@@ -48,8 +48,8 @@ from engine.index import InstructionData, PreferenceData, RowData, digest, parse
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
-from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, hidden_mse,
-                    relation_cosine, soften)
+from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cross_entropy, distillation,
+                    hidden_mse, relation_cosine, soften)
 from model import Llava
 from moe import balance_loss, expert_counts, upcycle
 
@@ -114,6 +114,7 @@ DEFAULTS = dict(
     dtype="bfloat16",           # of the matrix products and the frozen weights; trainable weights are kept in fp32
     device="",                  # cpu | cuda; empty: cuda if there is one
     parallel="ddp",             # ddp | fsdp: what several ranks keep each (engine/distributed.py)
+    deterministic=False,        # on a GPU: no atomic additions, whose order varies; slower, and bit for bit the same again
     compile=False,              # torch.compile each layer: minutes at the start, faster steps
     checkpointing=False,        # recompute each decoder layer in the backward pass instead of keeping its activations
     save_every=1000,            # steps between saves, of which the last two are kept
@@ -149,8 +150,8 @@ ALLOWED = {
     "max_length": ("a number from 1 to a million", lambda x: 1 <= x <= 10**6),
 }
 # Settings that may change when an interrupted run is resumed.
-MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",
-              "log_every", "dry_run"]
+MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "deterministic", "compile", "checkpointing",
+              "save_every", "log_every", "dry_run"]
 # What a run is made from: the places may change, the content must stay the same (`fingerprints`).
 INPUTS = ["student", "teacher", "vision", "llm", "data"]
 # Settings that may differ from machine to machine.
@@ -197,7 +198,10 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
 def sequence_logprobs(llava: Llava, states: torch.Tensor, batch: dict, response: torch.Tensor) -> torch.Tensor:
     """log p(response | prompt) of each row: (B, T, D), (B, T) -> (B,)."""
     targets = shift_left(batch["input_ids"], 0)[response]            # (N,)
-    each, _ = chunked_loss(states[response], llava.decoder.head_weight, partial(token_logprob, targets=targets))   # (N,)
+    # Logits in fp32: rounded to bf16 they put the log-prob of an answer, a sum over its tokens, off by about 0.1.
+    with torch.autocast(states.device.type, enabled=False):
+        each, _ = chunked_loss(at_least_fp32(states[response]), llava.decoder.head_weight,
+                               partial(token_logprob, targets=targets))                          # (N,)
     row = torch.where(response)[0]                                   # (N,) the row of each response token
     return torch.zeros(len(response), device=states.device).index_add(0, row, each)
 
@@ -361,9 +365,11 @@ def train_step(run: Run, micro_batches: list[dict], total: dict[str, int], lr: f
     for i, batch in enumerate(micro_batches):
         batch = to_device(dist.device, batch)
         is_last = i == len(micro_batches) - 1                        # gradients are averaged over ranks once per step
-        with nullcontext() if is_last else distributed.no_sync(run.objective), autocast(config, dist.device):
-            features = image_features(run.student, batch, config.stage)
-            loss, parts = run.objective(batch, features, reference_of(run, batch, features), total)
+        with nullcontext() if is_last else distributed.no_sync(run.objective):
+            with autocast(config, dist.device):
+                features = image_features(run.student, batch, config.stage)
+                loss, parts = run.objective(batch, features, reference_of(run, batch, features), total)
+            # Outside of autocast, which would compute the gradients of fp32 products, the router's, in bf16.
             (loss * dist.world_size).backward()                      # the average over ranks becomes the sum
         loss_sum += loss.detach()
         for name, value in parts.items():
@@ -415,7 +421,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     if config.dry_run:
         return runpy.run_module("tools.plan")["main"](argv)
     stop = stop or Stop()
-    dist = distributed.init_distributed(config.device)
+    dist = distributed.init_distributed(config.device, tf32=config.dtype == "float32", deterministic=config.deterministic)
     out_dir = Path(config.out_dir)
     run = setup(config, dist)
     if run is None:
@@ -528,6 +534,9 @@ def check_settings(config: Config) -> None:
     if config.on_policy and config.parallel == "fsdp":
         raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
                         "--parallel=ddp")
+    if config.on_policy and config.deterministic:
+        raise UserError("deterministic and on_policy: torch has no deterministic cumulative sum on a GPU, which sampling needs; "
+                        "leave one of the two out")
     if config.kd_loss == "mse" and (config.kd_temperature != 1 or config.kd_standardize):
         raise UserError("kd_loss=mse standardizes the logits by itself: leave kd_temperature and kd_standardize at their defaults")
     if config.template and config.student:
@@ -587,8 +596,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
     # Over the ranks, and back to the saved state
     teacher_width = teacher.config.decoder.n_embd if teacher else 0
     objective, optimizer, trainable = distributed.parallelize(
-        Objective(student, config, teacher_width), dist, config.parallel, dtype, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-        eps=config.eps, weight_decay=config.weight_decay)
+        Objective(student, config, teacher_width), dist, config.parallel, dtype, lr=config.learning_rate,
+        betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
     with dist.sync_errors():
         if state:
             resume.check_state(state_file, state, trainable)

@@ -74,6 +74,7 @@ class Gpu:
 
     def __init__(self):
         self.waits = Counter()
+        self.matmul_precision = None     # what was asked for with torch.set_float32_matmul_precision
         self.call = None             # device and arguments of the call from Python that is being carried out
 
     def device_of_new(self) -> torch.device | None:
@@ -223,6 +224,7 @@ def pretend_cuda() -> Iterator[Gpu]:
                 (torch.autocast, "__init__", lambda self, device_type, *more, **rest: start(self, on_cpu(device_type), *more, **rest)),
                 (clip_grad, "_group_tensors_by_device_and_dtype", lambda lists: {
                     (device_of(lists[0][0]), dtype): groups for (_, dtype), groups in group(lists).items()}),
+                (torch, "set_float32_matmul_precision", lambda precision: setattr(gpu, "matmul_precision", precision)),
                 (torch.cuda, "is_available", lambda: True), (torch.cuda, "set_device", lambda device: None),
                 (torch.cuda, "synchronize", lambda: gpu.wait("synchronize")),
                 (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))):

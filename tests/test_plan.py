@@ -68,8 +68,8 @@ def run_pass(config, objective, student, teacher, batch, between=lambda what: No
         total = {"response": 9, "distilled": 9, "hidden": 9, "image_rows": 2, "rows": 2, "pairs": 1}
         loss, _ = objective(batch, features, reference, total)
         between("forward")
-        loss.backward()
-        between("backward")
+    loss.backward()
+    between("backward")
 
 
 # -----------------------------------------------------------------------------
@@ -297,6 +297,7 @@ def be_like_a_gpu(set_attribute):
     set_attribute(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None, is_causal=False, enable_gqa=False:
                   AttentionOnGPU.apply(q, k, v, is_causal))
     set_attribute(plan, "CHUNK", {"cuda": chunked.CHUNK["cpu"]})           # plan counts on a GPU
+    set_attribute(chunked, "ROWS", {"cpu": 256})                           # blocks of the head that are small next to logits
 
 
 def passing(items):

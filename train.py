@@ -33,7 +33,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -50,7 +49,7 @@ from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
 from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cross_entropy, distillation,
                     hidden_mse, relation_cosine, soften)
-from model import Llava
+from model import Llava, LlavaConfig, flat, image_positions, valid_positions
 from moe import balance_loss, expert_counts, upcycle
 
 # -----------------------------------------------------------------------------
@@ -161,19 +160,19 @@ MACHINE_LOCAL = [*INPUTS, "image_dir", "teacher_cache", "device", "num_workers"]
 # -----------------------------------------------------------------------------
 # 2. The loss of one micro-batch: B rows of T positions, of which N go through the output head
 
-class Positions(NamedTuple):
-    """Which positions of a batch each loss is about, (B, T) bool."""
-    response: torch.Tensor     # the next token belongs to a response
-    distilled: torch.Tensor    # kd_tokens and kd_shift
-    hidden: torch.Tensor       # hidden_tokens
-    image: torch.Tensor        # an image position
+def collate_rows(samples: list[dict], llava: LlavaConfig, config: Config) -> dict:
+    collate = data.collate_pairs if config.stage == "pd" else data.collate
+    return add_positions(collate(samples, llava.pad_token_id), llava, config)
 
 
-def find_positions(batch: dict, llava: Llava, config: Config) -> Positions:
-    """The one place where labels are shifted: what is predicted at t is the token at t+1."""
-    valid = llava.valid_positions(batch["input_ids"])
-    image = batch["input_ids"] == llava.config.image_token_id
-    response = shift_left(batch["mask"], False)
+def add_positions(batch: dict, llava: LlavaConfig, config: Config) -> dict:
+    """The batch, and which of its positions each loss is about, as flat indices b * T + t (why: see model.py's `flat`).
+
+    The one place where labels are shifted: what is predicted at t is the token at t+1.
+    """
+    ids = batch["input_ids"]                                         # (B, T)
+    valid, image = valid_positions(ids, llava.pad_token_id), ids == llava.image_token_id
+    response = shift_left(batch["mask"], False)                      # the next token belongs to a response
     distilled = response
     if config.teacher and config.stage != "pd":
         tokens = valid & ~image if config.kd_tokens == "all" else batch["mask"]
@@ -181,7 +180,17 @@ def find_positions(batch: dict, llava: Llava, config: Config) -> Positions:
         distilled = tokens if config.kd_shift == "late" else shift_left(tokens, False)
         if config.kd_tokens == "response+image":
             distilled = distilled | image
-    return Positions(response, distilled, valid if config.hidden_tokens == "all" else response, image)
+    head = response | distilled                                      # only these N go through the output head
+    n_images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"]) * (2 if config.stage == "pd" else 1)
+    return batch | {"valid": flat(valid), "image": image_positions(ids, n_images, llava),
+                    "head": flat(head), "targets": shift_left(ids, 0)[head], "is_response": response[head],
+                    "is_distilled": distilled[head],
+                    "hidden": flat(valid if config.hidden_tokens == "all" else response)}
+
+
+def select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, T, D), flat positions (N,) -> (N, D)."""
+    return states.flatten(0, 1).index_select(0, positions)
 
 
 def shift_left(x: torch.Tensor, last: int | bool) -> torch.Tensor:
@@ -195,15 +204,14 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
     return torch.cat([features, features]) if stage == "pd" else features
 
 
-def sequence_logprobs(llava: Llava, states: torch.Tensor, batch: dict, response: torch.Tensor) -> torch.Tensor:
-    """log p(response | prompt) of each row: (B, T, D), (B, T) -> (B,)."""
-    targets = shift_left(batch["input_ids"], 0)[response]            # (N,)
+def sequence_logprobs(llava: Llava, states: torch.Tensor, batch: dict) -> torch.Tensor:
+    """log p(response | prompt) of each row: (B, T, D) -> (B,)."""
     # Logits in fp32: rounded to bf16 they put the log-prob of an answer, a sum over its tokens, off by about 0.1.
     with torch.autocast(states.device.type, enabled=False):
-        each, _ = chunked_loss(at_least_fp32(states[response]), llava.decoder.head_weight,
-                               partial(token_logprob, targets=targets))                          # (N,)
-    row = torch.where(response)[0]                                   # (N,) the row of each response token
-    return torch.zeros(len(response), device=states.device).index_add(0, row, each)
+        each, _ = chunked_loss(at_least_fp32(select(states, batch["head"])), llava.decoder.head_weight,
+                               partial(token_logprob, targets=batch["targets"]))                 # (N,)
+    rows, T, _ = states.shape
+    return torch.zeros(rows, device=states.device).index_add(0, batch["head"] // T, each)
 
 
 def token_logprob(logits: torch.Tensor, chunk: slice, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -214,11 +222,10 @@ def token_logprob(logits: torch.Tensor, chunk: slice, targets: torch.Tensor) -> 
 @torch.no_grad()
 def teacher_reference(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> TeacherReference:
     """What the student is compared with: the teacher's hidden states and head, or in pd its answers' log-probs."""
-    states, _ = teacher.hidden_states(batch["input_ids"], features)                              # (B, T, D')
-    at = find_positions(batch, teacher, config)
+    states, _ = teacher.hidden_states(batch["input_ids"], features, batch["valid"], batch["image"])   # (B, T, D')
     if config.stage == "pd":
-        return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, states, batch, at.response))
-    hidden, keep = states[at.response | at.distilled], any(config[key] for key in FEATURE_WEIGHTS)
+        return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, states, batch))
+    hidden, keep = select(states, batch["head"]), any(config[key] for key in FEATURE_WEIGHTS)
     return TeacherReference(states=states if keep else None, hidden=hidden, head=teacher.decoder.head_weight)
 
 
@@ -267,11 +274,11 @@ class Objective(nn.Module):
         and ranks, the shares are the means over the global batch.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
-        states, routings = student.hidden_states(input_ids, features)                            # (B, T, D)
-        at = find_positions(batch, student, config)
+        states, routings = student.hidden_states(input_ids, features, batch["valid"], batch["image"])      # (B, T, D)
+        is_image = input_ids == student.config.image_token_id        # (B, T)
 
         if config.stage == "pd":
-            chosen, rejected = sequence_logprobs(student, states, batch, at.response).chunk(2)   # (B,) each
+            chosen, rejected = sequence_logprobs(student, states, batch).chunk(2)                # (B,) each
             ref_chosen, ref_rejected = teacher.sequence_logprobs.chunk(2)
             each = PREFERENCE_LOSSES[config.preference_loss](chosen, rejected, ref_chosen, ref_rejected, config.beta)
             loss = each.sum() / total["pairs"]                                                   # eq. 8
@@ -280,10 +287,9 @@ class Objective(nn.Module):
                     "rejected": rejected}
             parts = {name: value.sum() / total["pairs"] for name, value in sums.items()}
         else:
-            mask = at.response | at.distilled                        # only these go through the head
-            each, sums = chunked_loss(states[mask], student.decoder.head_weight, partial(
-                token_loss, targets=shift_left(input_ids, 0)[mask], is_response=at.response[mask],
-                is_distilled=at.distilled[mask], teacher=teacher, config=config, total=total,
+            each, sums = chunked_loss(select(states, batch["head"]), student.decoder.head_weight, partial(
+                token_loss, targets=batch["targets"], is_response=batch["is_response"], is_distilled=batch["is_distilled"],
+                teacher=teacher, config=config, total=total,
                 ce_weight=0.0 if "sampled" in batch else config.ce_weight))                      # sampled: not data
             loss = each.sum()
             parts = {name: value.sum() / total["response" if name == "ce" else "distilled"] for name, value in sums.items()}
@@ -291,23 +297,24 @@ class Objective(nn.Module):
                 del parts["ce"]
 
         if config.hidden_weight:
-            each = hidden_mse(self.hidden_map(states[at.hidden]), teacher.states[at.hidden])     # (N,)
+            each = hidden_mse(self.hidden_map(select(states, batch["hidden"])), select(teacher.states, batch["hidden"]))
             parts["hidden"] = each.sum() / total["hidden"]
             loss = loss + config.hidden_weight * parts["hidden"]
         if config.affinity_weight:
-            each = affinity_mse(states, teacher.states, at.image, at.response)                   # (B,)
+            each = affinity_mse(states, teacher.states, is_image, shift_left(batch["mask"], False))      # (B,)
             parts["affinity"] = each.sum() / max(total["image_rows"], 1)
             loss = loss + config.affinity_weight * parts["affinity"]
         if config.relation_weight:
-            each = relation_cosine(states, teacher.states, at.image)                             # (B,)
+            each = relation_cosine(states, teacher.states, is_image)                             # (B,)
             parts["relation"] = each.sum() / max(total["image_rows"], 1)
             loss = loss + config.relation_weight * parts["relation"]
         if routings:
-            valid = student.valid_positions(input_ids)
-            balance = sum(balance_loss(routing, valid).sum() for routing in routings)   # over layers and sequences
+            rows, T = input_ids.shape
+            balance = sum(balance_loss(routing, batch["valid"] // T, rows).sum() for routing in routings)   # over layers, rows
             loss = loss + config.balance_coef * balance / total["rows"]
             parts["balance"] = balance / total["rows"]
-            parts["counts"] = torch.stack([expert_counts(routing, valid, at.image) for routing in routings])   # (layers, 2, E)
+            is_image_N = is_image.flatten().index_select(0, batch["valid"])
+            parts["counts"] = torch.stack([expert_counts(routing, is_image_N) for routing in routings])   # (layers, 2, E)
         return loss, {name: value.detach() for name, value in parts.items()}
 
 
@@ -401,15 +408,14 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def count_batch(micro_batches: list[dict], student: Llava, config: Config) -> dict[str, int]:
+def count_batch(micro_batches: list[dict], config: Config) -> dict[str, int]:
     """This rank's part of every count that a sum is divided by, and of all tokens."""
     total = Counter({"response": 0, "distilled": 0, "hidden": 0, "image_rows": 0, "rows": 0, "pairs": 0, "tokens": 0})
     for batch in micro_batches:
-        rows, at = len(batch["input_ids"]), find_positions(batch, student, config)
-        total.update({"response": int(at.response.sum()), "distilled": int(at.distilled.sum()), "hidden": int(at.hidden.sum()),
-                      "image_rows": int(at.image.any(1).sum()), "rows": rows,
-                      "pairs": rows // 2 if config.stage == "pd" else 0,
-                      "tokens": int(student.valid_positions(batch["input_ids"]).sum())})
+        rows, T = batch["input_ids"].shape
+        total.update({"response": int(batch["is_response"].sum()), "distilled": int(batch["is_distilled"].sum()),
+                      "hidden": len(batch["hidden"]), "image_rows": len((batch["image"] // T).unique()), "rows": rows,
+                      "pairs": rows // 2 if config.stage == "pd" else 0, "tokens": len(batch["valid"])})
     return dict(total)
 
 
@@ -435,7 +441,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if is_on_policy(config, step) and micro_batches:
             micro_batches, answers = sample_step(run, micro_batches, step)
         generation = time.time() - step_began
-        total = count_batch(micro_batches, run.student, config) | answers | stop.votes()
+        total = count_batch(micro_batches, config) | answers | stop.votes()
         total = dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
@@ -471,8 +477,8 @@ def sample_step(run: Run, micro_batches: list[dict], step: int) -> tuple[list[di
     for batch, numbers in zip(micro_batches, rows):
         # Eager under compile: a cache that grows would be compiled again for every length, up to dynamo's limit.
         with autocast(run.config, run.dist.device), torch.compiler.set_stance("force_eager"):
-            batch, counts = sample_answers(run.student, to_device(run.dist.device, batch), numbers, run.config, step)
-        sampled.append(batch)
+            batch, counts = sample_answers(run.student, batch, numbers, run.config, step)
+        sampled.append(add_positions(batch, run.student.config, run.config))
         total.update(counts)
     return sampled, dict(total)
 
@@ -568,7 +574,7 @@ def setup(config: Config, dist: Dist) -> Run | None:
         digests = fingerprints(config, dataset) if dist.local_rank == 0 else {}
     digests = dist.assert_same(digests)
     digests = dist.broadcast_from_rank0(lambda: resume.check_inputs(out_dir, config, digests))
-    collate = partial(data.collate_pairs if config.stage == "pd" else data.collate, pad_token_id=student.config.pad_token_id)
+    collate = partial(collate_rows, llava=student.config, config=config)
     rows, teacher, cache = dataset, None, None
     if config.teacher_cache:
         cache = open_cache(config, student, dataset, digests, collate, dist)
@@ -692,6 +698,8 @@ def open_cache(config: Config, student: Llava, dataset: RowData, digests: dict[s
 def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int,
                     device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
     """What the cache keeps of a batch: tensors whose entries are ordered by row, and the number of entries of each row."""
+    rows, T = batch["input_ids"].shape
+    lengths = (batch["head"] // T).bincount(minlength=rows).tolist()
     batch = to_device(device, batch)
     features = image_features(teacher, batch, config.stage)
     reference = teacher_reference(teacher, batch, features, config)
@@ -703,9 +711,7 @@ def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int
         logits = soften(teacher.decoder.head(hidden)[:, :vocab_size], config.kd_temperature, config.kd_standardize)
         parts.append(top_k(logits, min(config.teacher_top_k, vocab_size)))
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
-    at = find_positions(batch, teacher, config)
-    return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail},
-            (at.response | at.distilled).sum(1).tolist())
+    return {"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, lengths
 
 
 def fingerprints(config: Config, dataset: RowData) -> dict[str, str]:

@@ -55,6 +55,7 @@ def make(stage, items=2, tokens=300, response=60, text={}, **settings):
     mask = torch.zeros(rows, tokens, dtype=torch.bool)
     mask[:, -response:] = True
     batch = {"input_ids": ids, "mask": mask, "pixel_values": torch.randn(items, 3, 112, 112)}
+    batch = train.add_positions(batch, student.config, config)
     return config, student, teacher, batch, plan.Batch.of(config, items, tokens, response)
 
 

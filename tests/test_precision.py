@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train
 from configurator import UserError
 from engine import distributed
-from model import Llava
+from model import Llava, flat
 from pretend_cuda import pretend_cuda
 from test_train import flags
 
@@ -33,7 +33,7 @@ def test_a_routers_gradient_is_computed_in_fp32(world, tmp_path, monkeypatch):
     routers = [p for name, p in run.trainable.items() if ".router." in name]
     run.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.double() for p in routers))
     micro_batches = next(run.batches)
-    total = train.count_batch(micro_batches, run.student, run.config)
+    total = train.count_batch(micro_batches, run.config)
     monkeypatch.setattr(F, "linear", watched)
     train.train_step(run, micro_batches, total, lr=1e-3)
     assert len(seen) == len(gradients) == 2
@@ -49,7 +49,8 @@ def test_the_log_prob_of_an_answer_is_that_of_fp32_logits():
     response[:, 9:49] = True
     llava = SimpleNamespace(decoder=SimpleNamespace(head_weight=head))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = train.sequence_logprobs(llava, states, {"input_ids": ids}, response)
+        batch = {"head": flat(response), "targets": ids[:, 10:50].flatten()}
+        found = train.sequence_logprobs(llava, states, batch)
     logprobs = (states.double() @ head.double().T).log_softmax(-1)
     expected = logprobs[:, 9:49].gather(2, ids[:, 10:50, None]).sum((1, 2))
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3)

@@ -48,8 +48,8 @@ from engine.index import InstructionData, PreferenceData, RowData, digest, parse
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
-from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, hidden_mse,
-                    relation_cosine, soften)
+from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cached_distillation, cross_entropy,
+                    distillation, hidden_mse, relation_cosine, soften)
 from model import Llava
 from moe import balance_loss, expert_counts, upcycle
 
@@ -226,16 +226,19 @@ def cached_reference(batch: dict, config: Config, vocab_size: int) -> TeacherRef
                             tail_logprob=batch["teacher_tail"], vocab_size=vocab_size)
 
 
-def token_loss(logits: torch.Tensor, chunk: slice, targets: torch.Tensor, is_response: torch.Tensor,
-               is_distilled: torch.Tensor, teacher: TeacherReference | None, ce_weight: float, config: Config,
-               total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the n tokens of a chunk add to the loss, and its parts: (n, V) -> (n,), {name: (n,)}."""
+def chunk_loss(logits: torch.Tensor, chunk: slice, teacher_logits: torch.Tensor | None = None, *, targets: torch.Tensor,
+               is_response: torch.Tensor, is_distilled: torch.Tensor, teacher: TeacherReference | None, ce_weight: float,
+               config: Config, total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the n tokens of a chunk add to the loss, and its parts: (n, V), (n, V') -> (n,), {name: (n,)}."""
     ce = cross_entropy(logits, targets[chunk]) * is_response[chunk]                              # eq. 5
     loss = ce_weight / total["response"] * ce
-    if teacher is None or not config.kd_weight:
+    if teacher is None:
         return loss, {"ce": ce}
-    kd = distillation(logits, teacher, chunk, config.kd_loss, config.kd_temperature, config.kd_standardize,
-                      config.jsd_beta) * is_distilled[chunk]                                     # eq. 6
+    how = config.kd_loss, config.kd_temperature, config.kd_standardize, config.jsd_beta
+    if teacher_logits is not None:
+        kd = distillation(logits, teacher_logits, *how) * is_distilled[chunk]                    # eq. 6
+    else:
+        kd = cached_distillation(logits, teacher, chunk, *how) * is_distilled[chunk]
     return config.kd_weight * kd / total["distilled"] + loss, {"ce": ce, "kd": kd}               # eq. 7
 
 
@@ -277,10 +280,12 @@ class Objective(nn.Module):
             parts = {name: value.sum() / total["pairs"] for name, value in sums.items()}
         else:
             mask = at.response | at.distilled                        # only these go through the head
-            each, sums = chunked_loss(states[mask], student.decoder.head_weight, partial(
-                token_loss, targets=shift_left(input_ids, 0)[mask], is_response=at.response[mask],
-                is_distilled=at.distilled[mask], teacher=teacher, config=config, total=total,
-                ce_weight=0.0 if "sampled" in batch else config.ce_weight))                      # sampled: not data
+            reference = teacher if config.kd_weight else None
+            loss = partial(
+                chunk_loss, targets=shift_left(input_ids, 0)[mask], is_response=at.response[mask],
+                is_distilled=at.distilled[mask], teacher=reference, config=config, total=total,
+                ce_weight=0.0 if "sampled" in batch else config.ce_weight)                       # sampled: not data
+            each, sums = chunked_loss(states[mask], student.decoder.head_weight, loss, teacher=reference)
             loss = each.sum()
             parts = {name: value.sum() / total["response" if name == "ce" else "distilled"] for name, value in sums.items()}
             if "sampled" in batch:                                   # its own answers: their cross-entropy is no error

@@ -38,8 +38,8 @@ import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
 from benchmarks.paper import markdown, our_row
-from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run,
-                          shorten)
+from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_uses, check_values, expected, load_config,
+                          run, shorten)
 from data import IMAGE, load_image, render, transform_image
 from engine.files import digest_of_folder, disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
 from engine.hf import NOT_A_FOLDER, require_tokenizer
@@ -99,7 +99,8 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: Config) -> None:
-    for name in config.benchmark.split(","):
+    names = config.benchmark.split(",")
+    for name in names:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(BENCHMARKS)}"
@@ -118,6 +119,14 @@ def check(config: Config) -> None:
     check_values(config, {
         "batch_size": POSITIVE, "max_new_tokens": NON_NEGATIVE, "vizwiz_split": ["val", "test"],
         "device": ["", "cpu", "cuda"], "dtype": ["", "float32", "bfloat16", "float16"]})
+    check_uses(config, DEFAULTS, [
+        (["batch_size", "device", "dtype", "max_new_tokens", "crop"], config.model, "answering, with --model"),
+        (["ocr"], "textvqa" in names, "textvqa"),
+        (["vizwiz_split"], "vizwiz" in names, "vizwiz"),
+        (["mmhal_short"], "mmhal" in names, "mmhal"),
+        (["objhal_extract"], "objhal" in names, "objhal"),
+        (["judge_url", "judge_model", "judge_key_env"], "mmhal" in names or config.objhal_extract, "mmhal, and objhal_extract"),
+    ])
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no GPU here; use --device=cpu")
 

@@ -21,7 +21,7 @@ out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per 
 and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit
 (engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
+from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_uses, check_values, given_settings
 from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
 
 import math
@@ -43,7 +43,7 @@ from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder
-from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
+from engine.hf import check_same_tokens, describe_llava, read_llava_config, require_tokenizer, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
@@ -51,7 +51,7 @@ from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_tea
 from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, hidden_mse,
                     relation_cosine, soften)
 from model import Llava
-from moe import balance_loss, expert_counts, upcycle
+from moe import balance_loss, expert_counts, sparse_layers, upcycle
 
 # -----------------------------------------------------------------------------
 # 1. Settings
@@ -80,9 +80,9 @@ DEFAULTS = dict(
     beta2=0.98,
     eps=1e-6,
     grad_clip=0.0,              # largest gradient norm; 0: no clipping
-    epochs=1,
+    epochs=1,                   # passes over the data, or instead:
     max_steps=0,                # 0: as many as the epochs take
-    # sparse student
+    # sparse student: how stage d2s upcycles a dense one
     num_experts=4,
     top_k=2,
     moe_layers="even",          # even | all | first_half | second_half | layer numbers, "0,2,5"
@@ -493,9 +493,11 @@ def export(run: Run) -> None:
 
 def configure(argv: list[str]) -> Config:
     """Defaults < the stage's own defaults < config files < flags, checked."""
-    stage = load_config(DEFAULTS, argv).stage
-    config = load_config(DEFAULTS | STAGE_DEFAULTS.get(stage, {}), argv)
+    given = given_settings(DEFAULTS, argv)
+    defaults = DEFAULTS | STAGE_DEFAULTS.get(given.get("stage"), {})
+    config = Config(defaults | given)
     check_settings(config)
+    check_no_effect(config, defaults, given)
     return config
 
 
@@ -517,8 +519,6 @@ def check_settings(config: Config) -> None:
     if config.teacher_cache and not config.teacher:
         raise UserError("teacher_cache keeps the outputs of a teacher: say --teacher=…, the one they come from")
     for key in [*FEATURE_WEIGHTS, "on_policy"]:
-        if config[key] and config.stage not in ("d2d", "d2s"):
-            raise UserError(f"{key}={config[key]}: belongs to the stages d2d and d2s, this is {config.stage}")
         if config[key] and config.teacher_cache:
             raise UserError(f"{key}={config[key]} needs the teacher in memory, and teacher_cache holds its distributions of the "
                             "data's answers only: leave one of the two out")
@@ -530,10 +530,43 @@ def check_settings(config: Config) -> None:
                         "--parallel=ddp")
     if config.kd_loss == "mse" and (config.kd_temperature != 1 or config.kd_standardize):
         raise UserError("kd_loss=mse standardizes the logits by itself: leave kd_temperature and kd_standardize at their defaults")
-    if config.template and config.student:
-        raise UserError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no GPU here; say --device=cpu")
+
+
+def check_no_effect(config: Config, defaults: dict, given: dict) -> None:
+    """No setting is ignored without a word: what was given and would change nothing is an error."""
+    if config.max_steps and "epochs" in given:
+        raise UserError(f"epochs={config.epochs} and max_steps={config.max_steps} both say how long to train: leave one of "
+                        "them out, or say --max_steps=0")
+    stage, path, experts = config.stage, Path(config.student) / "config.json", None
+    if config.student and path.is_file():
+        decoder = read_llava_config(path).decoder
+        experts = decoder if decoder.num_experts else None
+    distills = stage in ("d2d", "d2s") and config.teacher
+    kd, signals = distills and config.kd_weight, ["kd_weight", *FEATURE_WEIGHTS, "on_policy"]
+    check_uses(config, defaults, [
+        (["template"], not config.student, "a new model (vision and llm): a checkpoint has its own"),
+        (["num_experts", "top_k", "moe_layers", "norm_topk"], stage == "d2s" or experts, "stage d2s, which makes a student sparse"),
+        (["balance_coef"], stage in ("d2s", "pd") or experts, "a sparse student"),
+        (["train_dense_ffn"], stage in ("d2s", "pd"), f"the stages d2s and pd, this is {stage}"),
+        (["ce_weight"], stage != "pd", "the other stages, this is pd"),
+        (signals, stage in ("d2d", "d2s"), f"the stages d2d and d2s, this is {stage}"),
+        (["kd_loss", "kd_tokens", "kd_temperature", "kd_standardize", "kd_shift"], kd, "d2d and d2s with a teacher and a kd_weight"),
+        (["jsd_beta"], kd and config.kd_loss == "jsd", "kd_loss=jsd"),
+        (["hidden_tokens"], config.hidden_weight, "a hidden_weight above 0"),
+        (["on_policy_tokens", "on_policy_temperature"], config.on_policy, "an on_policy above 0"),
+        (["preference_loss", "beta"], stage == "pd", f"stage pd, this is {stage}"),
+        (["teacher_top_k"], config.teacher_cache and kd, "a teacher_cache in d2d or d2s"),
+    ])
+    if experts:
+        own = {"num_experts": experts.num_experts, "top_k": experts.top_k, "norm_topk": experts.norm_topk,
+               "moe_layers": experts.sparse_layers}
+        for key, value in own.items():
+            wanted = sparse_layers(layer_numbers(config), experts.n_layer) if key == "moe_layers" else config[key]
+            if key in given and wanted != value:
+                raise UserError(f"{key}={config[key]}: the student {config.student} is sparse already, with {value}; leave "
+                                f"{key} out, or start from a dense student")
 
 
 def setup(config: Config, dist: Dist) -> Run | None:
@@ -621,13 +654,18 @@ def open_student(config: Config) -> Llava:
 
 
 def make_sparse(student: Llava, config: Config) -> None:
+    upcycle(student, config.num_experts, config.top_k, layer_numbers(config), config.norm_topk, config.seed)
+
+
+def layer_numbers(config: Config) -> str | list[int]:
+    """moe_layers as `upcycle` takes it."""
     layers = config.moe_layers
-    if layers[:1].isdigit() or layers[:1] == "-":
-        try:
-            layers = [int(number) for number in layers.split(",")]
-        except ValueError:
-            raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
-    upcycle(student, config.num_experts, config.top_k, layers, config.norm_topk, config.seed)
+    if not (layers[:1].isdigit() or layers[:1] == "-"):
+        return layers
+    try:
+        return [int(number) for number in layers.split(",")]
+    except ValueError:
+        raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
 
 
 def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None:

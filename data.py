@@ -356,21 +356,24 @@ class Sampler:
     The rows of global batch 0, 1, 2, ...: a pure function of (seed, step). The position in the data is just the
     step, so a resumed run continues with the batch that the interrupted run would have had.
 
-    `sources` are (first row, last row + 1, weight). An epoch draws round(weight * rows) rows of each, shuffles all,
-    sorts every 50 batches' worth by length, cuts it into batches, and shuffles the batches.
+    `sources` are (first row, last row + 1, weight); rows in `held_out` are left out of them. An epoch draws
+    round(weight * rows) rows of each, shuffles all, sorts every 50 batches' worth by length, cuts it into batches, and
+    shuffles the batches.
     """
     # Sorting makes the rows of a batch similar in length, which saves padding; sorting only so many batches at a
     # time keeps it random which rows share a batch. More batches: less padding, less randomness.
     MEGABATCH = 50
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0,
-                 sources: list[tuple[int, int, float]] | None = None):
+                 sources: list[tuple[int, int, float]] | None = None, held_out: np.ndarray | None = None):
         for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0)]:
             if value < least:
                 raise UserError(f"{name}={value}, expected at least {least}")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
-        self.sources = sources or [(0, len(lengths), 1.0)]
-        rows_per_epoch = sum(round(weight * (stop - start)) for start, stop, weight in self.sources)
+        held_out = np.array([], int) if held_out is None else held_out
+        self.sources = [(np.setdiff1d(np.arange(start, stop), held_out), weight)
+                        for start, stop, weight in sources or [(0, len(lengths), 1.0)]]
+        rows_per_epoch = sum(round(weight * len(rows)) for rows, weight in self.sources)
         self.steps_per_epoch = rows_per_epoch // batch_size  # the remainder is dropped, a different one each epoch
         if rows_per_epoch > 10**9:
             raise UserError(f"an epoch has {rows_per_epoch:,} rows, and their order would take {rows_per_epoch * 16 / 1e9:,.0f} GB of "
@@ -390,13 +393,13 @@ class Sampler:
     def shuffle(self, epoch):
         """All batches of an epoch, (steps_per_epoch, batch_size) row numbers."""
         rng = np.random.default_rng([self.seed, epoch])
-        rows = []
-        for start, stop, weight in self.sources:
-            missing = round(weight * (stop - start))
+        drawn = []
+        for rows, weight in self.sources:
+            missing = round(weight * len(rows))
             while missing > 0:  # weight 2.5: all rows, all rows again, a random half
-                rows.append(start + rng.permutation(stop - start)[:missing])
-                missing -= len(rows[-1])
-        rows = rng.permutation(np.concatenate(rows))[:self.steps_per_epoch * self.batch_size]
+                drawn.append(rows[rng.permutation(len(rows))[:missing]])
+                missing -= len(drawn[-1])
+        rows = rng.permutation(np.concatenate(drawn))[:self.steps_per_epoch * self.batch_size]
 
         megabatch = self.MEGABATCH * self.batch_size
         for i in range(0, len(rows), megabatch):

@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -72,6 +73,8 @@ DEFAULTS = dict(
     batch_size=128,             # rows (in pd: pairs) per step, over all ranks and micro-batches
     micro_batch_size=8,         # rows per rank and forward pass; the rest is gradient accumulation
     num_workers=0,              # processes that decode images, per rank
+    val_rows=0,                 # rows that are never trained on; the loss on them goes to the log at the end,
+    val_every=0,                # and after every so many steps
     # optimization
     learning_rate=2e-5,
     warmup_ratio=0.03,          # share of the steps; then cosine down to 0
@@ -141,7 +144,7 @@ ALLOWED = {
     "parallel": ["ddp", "fsdp"],
     **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
                      "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
-    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "seed", "ce_weight", "kd_weight",
+    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "val_rows", "val_every", "balance_coef", "seed", "ce_weight", "kd_weight",
                      *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
     "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
     "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
@@ -150,7 +153,7 @@ ALLOWED = {
 }
 # Settings that may change when an interrupted run is resumed.
 MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",
-              "log_every", "dry_run"]
+              "log_every", "val_every", "dry_run"]
 # What a run is made from: the places may change, the content must stay the same (`fingerprints`).
 INPUTS = ["student", "teacher", "vision", "llm", "data"]
 # Settings that may differ from machine to machine.
@@ -323,6 +326,7 @@ class Run:
     trainable: dict[str, nn.Parameter]      # the one list of what is optimized, clipped, saved and restored
     dataset: RowData | None = None
     sampler: data.Sampler | None = None
+    held_out: list[dict] | None = None      # this rank's micro-batches of the held-out rows
     batches: Iterator[list[dict]] | None = None     # this rank's micro-batches of each step
     first_step: int = 0                     # steps already done
     steps: int = 0
@@ -407,6 +411,26 @@ def count_batch(micro_batches: list[dict], student: Llava, config: Config) -> di
     return dict(total)
 
 
+def sum_counts(total: dict[str, int], dist: Dist) -> dict[str, int]:
+    return dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """The loss and its parts on the held-out rows, as if they were one batch."""
+    config, dist, sums = run.config, run.dist, {}
+    total = sum_counts(count_batch(run.held_out, run.student, config), dist)
+    for batch in run.held_out:
+        batch = to_device(dist.device, batch)
+        with autocast(config, dist.device):
+            features = image_features(run.student, batch, config.stage)
+            loss, parts = run.objective(batch, features, reference_of(run, batch, features), total)
+        for name, value in ({"loss": loss} | parts).items():
+            sums[name] = sums.get(name, 0) + value.double()
+    distributed.reshard(run.objective)
+    return {f"val_{name}": dist.all_reduce(value).item() for name, value in sums.items() if name != "counts"}
+
+
 # -----------------------------------------------------------------------------
 # 4. The loop
 
@@ -421,7 +445,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     if run is None:
         return
 
-    began, stop.can_wait = time.time(), True
+    began, stop.can_wait, unsaid = time.time(), True, []             # unsaid: the records since the last line
+    warnings = log.Warnings(resume.first_losses(out_dir, log.WINDOW), run.student.config.decoder.sparse_layers)
     for step, micro_batches in enumerate(stop.watch(run.batches), start=run.first_step + 1):
         step_began = time.time()
         # Count the global batch before the first forward pass; the ranks' votes to stop travel with the counts.
@@ -429,8 +454,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if is_on_policy(config, step) and micro_batches:
             micro_batches, answers = sample_step(run, micro_batches, step)
         generation = time.time() - step_began
-        total = count_batch(micro_batches, run.student, config) | answers | stop.votes()
-        total = dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
+        total = sum_counts(count_batch(micro_batches, run.student, config) | answers | stop.votes(), dist)
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
                 save_state(run, step - 1)
@@ -442,10 +466,19 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         record = log.record(step, loss, parts, lr, grad_norm, total["tokens"], time.time() - step_began)
         if config.on_policy:
             record |= log.answers(total, generation)
+        is_validated = run.held_out and (step == run.steps or config.val_every and step % config.val_every == 0)
+        if is_validated:
+            record |= validate(run)
         if dist.rank == 0:
             resume.append_log(out_dir, record)
+            unsaid.append(record)
+            for line in warnings.after(record, parts):
+                stop.say(line)
             if step % config.log_every == 0 or step == run.steps:
-                stop.say(log.line(record, run.steps, (time.time() - began) / (step - run.first_step)))
+                stop.say(log.line(unsaid, run.steps, (time.time() - began) / (step - run.first_step)))
+                unsaid.clear()
+            if is_validated:
+                stop.say(log.held_out_line(record, run.steps))
         if step % config.save_every == 0 or step == run.steps:
             save_state(run, step)
             export(run)
@@ -554,6 +587,7 @@ def check_no_effect(config: Config, defaults: dict, given: dict) -> None:
         (signals, stage in ("d2d", "d2s"), f"the stages d2d and d2s, this is {stage}"),
         (["kd_loss", "kd_tokens", "kd_temperature", "kd_standardize", "kd_shift"], kd, "d2d and d2s with a teacher and a kd_weight"),
         (["jsd_beta"], kd and config.kd_loss == "jsd", "kd_loss=jsd"),
+        (["val_every"], config.val_rows, "a val_rows above 0"),
         (["hidden_tokens"], config.hidden_weight, "a hidden_weight above 0"),
         (["on_policy_tokens", "on_policy_temperature"], config.on_policy, "an on_policy above 0"),
         (["preference_loss", "beta"], stage == "pd", f"stage pd, this is {stage}"),
@@ -606,12 +640,14 @@ def setup(config: Config, dist: Dist) -> Run | None:
 
     # The order of the data, and the place in it
     with dist.sync_errors():
-        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources)
+        held_out = dataset.held_out(config.val_rows)
+        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources, held_out)
         data.micro_batches(sampler.batch(0), config.micro_batch_size, dist.rank, dist.world_size)   # does it divide?
         state = None
         if state_file:
             state = resume.read_state(state_file)
             first_step = state["step"]
+        held_out = held_out_batches(rows, dataset.lengths, held_out, collate, config, dist)
     steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     for line in [*dataset.notes, *filter(None, [note]), *log.introduction(config, student, teacher, len(dataset), dist.world_size)]:
         say(line)
@@ -632,8 +668,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
             resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,
                            config.num_workers, collate, pin_memory=dist.device.type == "cuda")
-    return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, batches, first_step,
-               steps)
+    return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, held_out, batches,
+               first_step, steps)
 
 
 def open_student(config: Config) -> Llava:
@@ -681,6 +717,20 @@ def open_rows(config: Config, student: Llava) -> RowData:
     dataset = PreferenceData if config.stage == "pd" else InstructionData
     return dataset(parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
                    student.config.image_tokens, student.config.vision.image_size, config.max_length)
+
+
+def held_out_batches(rows: torch.utils.data.Dataset, lengths: np.ndarray, held_out: np.ndarray, collate: Callable,
+                     config: Config, dist: Dist) -> list[dict]:
+    """This rank's micro-batches of the held-out rows, read once and kept; every rank has equally many."""
+    if len(held_out) % dist.world_size:
+        raise UserError(f"val_rows={len(held_out)} cannot be divided among {dist.world_size} ranks; try val_rows="
+                        f"{math.ceil(len(held_out) / dist.world_size) * dist.world_size}")
+    if not len(held_out):
+        return []
+    by_length = held_out[lengths[held_out].argsort(kind="stable")]
+    per_rank = math.ceil(len(held_out) / (dist.world_size * config.micro_batch_size))
+    groups = [group.tolist() for group in np.array_split(by_length, per_rank * dist.world_size)]
+    return list(data.prefetch(rows, groups[dist.rank::dist.world_size], collate, config.num_workers))
 
 
 def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: torch.device) -> Llava:

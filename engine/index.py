@@ -309,6 +309,17 @@ class RowData(torch.utils.data.Dataset):
             return max(tokens), 0
         return max(tokens), max(min_lengths if self.can_be_cut else tokens)
 
+    def held_out(self, count: int) -> np.ndarray:
+        """`count` rows to measure the loss on instead of training on them, (count,) row numbers in order.
+
+        They follow from the content of the files alone: the same in every run, on every rank.
+        """
+        if count >= len(self):
+            raise UserError(f"val_rows={count}, but there are only {len(self):,} rows in all; hold out fewer")
+        draws = [np.random.default_rng(int(about["sha256"][:16], 16)).random(stop - start)
+                 for about, start, stop in zip(self.abouts, self.starts, self.starts[1:])]
+        return np.sort(np.concatenate(draws)[self.kept].argsort(kind="stable")[:count])
+
     def locate(self, row):
         """A row of the index -> (its file, its number in that file)."""
         file = int(np.searchsorted(self.starts, row, side="right")) - 1

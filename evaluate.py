@@ -58,6 +58,8 @@ DEFAULTS = dict(
     max_new_tokens=0,           # 0: the official limit of each benchmark, 128 or 1024
     crop=False,                 # center crop instead of padding to a square, as some official scripts do
     # single benchmarks
+    questions="",               # own: a file of your own questions (benchmarks/own.py), instead of --data
+    image_dir="",               # own: the folder of its images
     ocr=True,                   # textvqa: the prompt lists the reference OCR tokens, as in the paper
     vizwiz_split="val",         # val | test: test writes the submission to the official server and scores nothing
     mmhal_short=True,           # mmhal: ask for short answers, as the authors' script does
@@ -81,6 +83,7 @@ BENCHMARKS = {
     "objhal": "objhal.ObjHal",
     "mmhal": "mmhal.MMHal",
     "amber": "amber.AMBER",
+    "own": "own.Own",
 }
 
 
@@ -105,7 +108,9 @@ def check(config: Config) -> None:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(BENCHMARKS)}"
             raise UserError(f"--benchmark: found {name!r}, {hint}")
-    for key in ("data", "out_dir"):
+    if "own" in names and not config.questions:
+        raise UserError("--questions is missing; give --questions=FILE, your questions")
+    for key in ("out_dir", *["data"] * (names != ["own"])):
         if not config[key]:
             raise UserError(f"--{key} is missing; give --{key}=DIR")
     if bool(config.model) == bool(config.answers):
@@ -121,6 +126,8 @@ def check(config: Config) -> None:
         "device": ["", "cpu", "cuda"], "dtype": ["", "float32", "bfloat16", "float16"]})
     check_uses(config, DEFAULTS, [
         (["batch_size", "device", "dtype", "max_new_tokens", "crop"], config.model, "answering, with --model"),
+        (["questions", "image_dir"], "own" in names, "own"),
+        (["data"], names != ["own"], "the other benchmarks"),
         (["ocr"], "textvqa" in names, "textvqa"),
         (["vizwiz_split"], "vizwiz" in names, "vizwiz"),
         (["mmhal_short"], "mmhal" in names, "mmhal"),
@@ -215,11 +222,10 @@ def barrier(world_size: int) -> None:
 
 
 def job_id(question: Question, root: Path) -> str:
-    """Questions with the same image and prompt are one job: POPE's 9,000 questions are 5,127 jobs."""
-    image = question.image or b""
-    if isinstance(image, Path):
-        image = os.path.relpath(image, root).encode()
-    return hashlib.sha256(hashlib.sha256(image).digest() + question.model_prompt.encode()).hexdigest()[:32]
+    """Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs."""
+    images = [os.path.relpath(image, root).encode() if isinstance(image, Path) else image for image in question.images]
+    digests = b"".join(hashlib.sha256(image).digest() for image in images or [b""])
+    return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32]
 
 
 def digest_of_model(config: Config) -> str:
@@ -255,8 +261,9 @@ def open_jobs(benchmark: Benchmark, folder: Path, model: dict, config: Config, r
             print(f"{benchmark.name}: already answered in {folder / 'answers.jsonl'}")
         return {}
     for question in benchmark.questions:
-        if isinstance(question.image, Path) and not question.image.is_file():
-            raise UserError(f"{question.where}: image {question.image} does not exist; check --data")
+        for image in question.images:
+            if isinstance(image, Path) and not image.is_file():
+                raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
         if IMAGE in question.model_prompt:
             raise UserError(f"{question.where}: the question holds {IMAGE}, the place of an image; its image goes "
                             "first, so remove it")
@@ -286,7 +293,7 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
     batch_size = 1 if model.pad_token_id is None else config.batch_size   # unequal lengths need padding
     rows = []
     for job, question in todo.items():
-        prompt = question.model_prompt if question.image is None else "<image>\n" + question.model_prompt
+        prompt = "<image>\n" * len(question.images) + question.model_prompt
         ids, _ = render([{"from": "human", "value": prompt}], tokenizer, model.template, model.image_tokens)
         rows.append((ids, job, question))
     rows.sort(key=lambda row: -len(row[0]))
@@ -323,15 +330,15 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
 
 def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop: bool) -> list[Future]:
     """Start to read and resize the images of a batch, in threads."""
-    return [pool.submit(load_pixels, question, size, crop) for _, _, question in batch if question.image is not None]
+    return [pool.submit(load_pixels, image, question, size, crop) for _, _, question in batch for image in question.images]
 
 
-def load_pixels(question: Question, size: int, crop: bool) -> torch.Tensor:
-    if isinstance(question.image, Path):
-        image = load_image(str(question.image))
+def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) -> torch.Tensor:
+    if isinstance(image, Path):
+        image = load_image(str(image))
     else:
         try:
-            image = load_image(io.BytesIO(question.image))
+            image = load_image(io.BytesIO(image))
         except UserError:
             raise UserError(f"{question.where}: the base64 is not a readable image; replace the file") from None
     return transform_image(image, size, pad=not crop)                # (3, S, S)

@@ -21,6 +21,7 @@ Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. rows to
 
     B batch    T tokens    N images of a batch    S image side in pixels
 """
+import glob
 import itertools
 import math
 import os
@@ -130,8 +131,10 @@ def check_turns(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise UserError(f'turn {i} is {shorten(turn)}, expected {{"from": "{speaker}", "value": "some text"}}')
         if turn.get("from") != speaker:
-            raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{speaker}\": "
-                            "turns alternate human, gpt, human, ...")
+            hint = {(0, "system"): "the template has its own system text; put this one in front of the first question, or remove it",
+                    (0, "gpt"): "turns alternate human, gpt, human, ...; put a question in front of it, or remove it"}
+            hint = hint.get((i, turn.get("from")), "turns alternate human, gpt, human, ...")
+            raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{speaker}\": {hint}")
 
 
 def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
@@ -212,6 +215,19 @@ def eight_bits(image):
     return Image.fromarray(np.uint8(np.rint(levels.clip(min=0) * (255 / white))))
 
 
+def require_image(path: str, known: set[str]) -> None:
+    """UserError unless the image file is there. known: the paths found before."""
+    if path in known:
+        return
+    if not os.path.isfile(path):
+        found = " as a file" if os.path.exists(path) else ""
+        # OCR-VQA's pictures, for one, come as .gif and .png, and its rows call all of them .jpg.
+        others = glob.glob(glob.escape(os.path.splitext(path)[0]) + ".*") if "\0" not in path else []
+        near = f" (there is {os.path.basename(others[0])})" if others and path not in others else ""
+        raise UserError(f"image {path!r} does not exist{found}; check image_dir and the name{near}")
+    known.add(path)
+
+
 def load_image(source: str | Path | BinaryIO) -> Image.Image:
     """Read and fully decode an image file, as RGB. EXIF rotation is ignored, as in the official code."""
     with (reading(source, "not a readable image", "replace the file"),
@@ -232,8 +248,45 @@ def parse_instruction(raw: object) -> tuple[list[str], list[list[dict]]]:
 
     {"id", "image": name or [names], "conversations": [turns]}, without "image" if there is none.
     """
+    raw = llava_row(raw)
     check_keys(raw, ["conversations"])
     return check_row(find_image(raw, ["image"]), [raw["conversations"]])
+
+
+def llava_row(raw: object) -> object:
+    """
+    Rows of other tools in LLaVA's words; LLaVA's own rows, and what is no row, unchanged.
+
+    {"messages": [{"role": "user" or "assistant", "content": text or parts}], "image" or "images": name or [names]}; a
+    part is {"type": "text", "text"} or {"type": "image"}. Turns "from" user and assistant are human and gpt.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    if "messages" in raw and "conversations" not in raw:
+        raw = {"conversations" if key == "messages" else key: value for key, value in raw.items()}
+        if "images" in raw and not raw.get("image"):
+            raw["image"] = raw.pop("images")
+    return raw | {key: [llava_turn(turn) for turn in raw[key]]
+                  for key in ("conversations", "chosen", "rejected") if isinstance(raw.get(key), list)}
+
+
+def llava_turn(turn):
+    if not isinstance(turn, dict) or turn.get("from") in ("human", "gpt"):
+        return turn
+    speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if isinstance(value, list):
+        value = "".join(text_of_part(part) for part in value)
+    return {"from": {"user": "human", "assistant": "gpt"}.get(speaker, speaker) if isinstance(speaker, str) else speaker, "value": value}
+
+
+def text_of_part(part):
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image" and part.keys() <= {"type", "index", "text"}:
+        return f"{IMAGE}\n"
+    raise UserError(f'found {shorten(part)} in a content, expected {{"type": "text", "text": …}} or {{"type": "image"}}, with the '
+                    'names of the files in the row\'s "image"')
 
 
 def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
@@ -243,6 +296,7 @@ def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
     {"id", "image", "chosen": [turns], "rejected": [turns]}, or RLAIF-V's own columns: "question", "chosen" and
     "rejected" as plain strings; the images are then put in front of the question. "image_path" will do for "image".
     """
+    raw = llava_row(raw)
     check_keys(raw, ["chosen", "rejected"])
     image, conversations = find_image(raw, ["image", "image_path"]), [raw["chosen"], raw["rejected"]]
     if isinstance(raw["chosen"], str):  # RLAIF-V

@@ -43,7 +43,7 @@ import data
 from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
-from engine.files import digest_of_folder
+from engine.files import digest_of_folder, write_lines
 from engine.hf import check_same_tokens, describe_llava, read_llava_config, require_tokenizer, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
@@ -69,6 +69,7 @@ DEFAULTS = dict(
     # data
     data="",                    # "a.json" or "a.json:0.5,b.jsonl:2": files, each with a weight
     image_dir="",
+    skip_bad_rows=False,        # train without the rows that are wrong and list them in out_dir/bad_rows.jsonl; False: stop
     max_length=2048,            # positions per row, image positions included
     batch_size=128,             # rows (in pd: pairs) per step, over all ranks and micro-batches
     micro_batch_size=8,         # rows per rank and forward pass; the rest is gradient accumulation
@@ -666,6 +667,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
             resume.lock(out_dir, first_step)
             resume.go_back(out_dir, first_step)
             resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
+            if dataset.wrong:
+                write_lines(out_dir / "bad_rows.jsonl", dataset.wrong)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,
                            config.num_workers, collate, pin_memory=dist.device.type == "cuda")
     return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, held_out, batches,
@@ -716,7 +719,7 @@ def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None
 def open_rows(config: Config, student: Llava) -> RowData:
     dataset = PreferenceData if config.stage == "pd" else InstructionData
     return dataset(parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
-                   student.config.image_tokens, student.config.vision.image_size, config.max_length)
+                   student.config.image_tokens, student.config.vision.image_size, config.max_length, config.skip_bad_rows)
 
 
 def held_out_batches(rows: torch.utils.data.Dataset, lengths: np.ndarray, held_out: np.ndarray, collate: Callable,

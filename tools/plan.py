@@ -559,7 +559,7 @@ def measure_rows(config: Config) -> tuple[np.ndarray | None, int | None]:
     dataset = open_rows(config, student)
     for note in dataset.notes:
         print(note)
-    sampler = data.Sampler(dataset.lengths, config.batch_size, 0, dataset.sources)
+    sampler = data.Sampler(dataset.lengths, config.batch_size, 0, dataset.sources, dataset.held_out(config.val_rows))
     return dataset.lengths, config.max_steps or config.epochs * sampler.steps_per_epoch
 
 

@@ -210,14 +210,19 @@ class Config(dict):
 
 def load_config(defaults: dict, argv: list[str]) -> Config:
     """The defaults, overridden by what argv names: config files first, then --key=value flags."""
-    config, flags_began = Config(defaults), False
+    return Config(defaults | given_settings(defaults, argv))
+
+
+def given_settings(defaults: dict, argv: list[str]) -> dict:
+    """The keys that argv sets, and their values; the last one wins."""
+    given, flags_began = {}, False
     for arg in argv:
         if not arg.startswith("-"):
             if flags_began:
                 raise UserError(f"{arg}: config files come before flags (a flag is written --key=value)")
             for key, value in run_config_file(arg).items():
                 check_known(key, defaults, arg)
-                config[key] = check_type(value, defaults[key], f"{arg}: {key}")
+                given[key] = check_type(value, defaults[key], f"{arg}: {key}")
             continue
 
         flags_began = True
@@ -228,12 +233,12 @@ def load_config(defaults: dict, argv: list[str]) -> Config:
             equals, text = "=", "True"
         if flag != f"--{key}" or not equals:
             raise UserError(f"{arg}: write --{key}=value")
-        config[key] = check_type(parse(text, defaults[key]), defaults[key], flag)
+        given[key] = check_type(parse(text, defaults[key]), defaults[key], flag)
 
-    for key, value in config.items():
+    for key, value in given.items():
         if isinstance(value, str) and key != "prompt":               # "~/data" is a path; a prompt may begin with anything
-            config[key] = os.path.expanduser(value)
-    return config
+            given[key] = os.path.expanduser(value)
+    return given
 
 
 def run_config_file(path):
@@ -308,3 +313,15 @@ def check_values(config: Config, allowed: dict[str, list | tuple]) -> None:
             wanted, fits = rule[0], rule[1](config[key])
         if not fits:
             raise UserError(f"{key} is {spell(config[key])}, expected {wanted}")
+
+
+def check_uses(config: Config, defaults: dict, uses: list[tuple[list[str], object, str]]) -> None:
+    """Raise a UserError for a setting that would be ignored: changed from its default where it has no effect.
+
+    uses: (keys, whether they have an effect in this run, where they have one, in words).
+    """
+    for keys, has_effect, where in uses:
+        for key in keys:
+            if not has_effect and config[key] != defaults[key]:
+                raise UserError(f"{key}={config[key]}: belongs to {where}; here it would be ignored: leave it out, or say "
+                                f"--{key}={defaults[key]}")

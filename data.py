@@ -21,6 +21,7 @@ Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. rows to
 
     B batch    T tokens    N images of a batch    S image side in pixels
 """
+import glob
 import itertools
 import math
 import os
@@ -130,8 +131,10 @@ def check_turns(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise UserError(f'turn {i} is {shorten(turn)}, expected {{"from": "{speaker}", "value": "some text"}}')
         if turn.get("from") != speaker:
-            raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{speaker}\": "
-                            "turns alternate human, gpt, human, ...")
+            hint = {(0, "system"): "the template has its own system text; put this one in front of the first question, or remove it",
+                    (0, "gpt"): "turns alternate human, gpt, human, ...; put a question in front of it, or remove it"}
+            hint = hint.get((i, turn.get("from")), "turns alternate human, gpt, human, ...")
+            raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{speaker}\": {hint}")
 
 
 def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
@@ -212,6 +215,19 @@ def eight_bits(image):
     return Image.fromarray(np.uint8(np.rint(levels.clip(min=0) * (255 / white))))
 
 
+def require_image(path: str, known: set[str]) -> None:
+    """UserError unless the image file is there. known: the paths found before."""
+    if path in known:
+        return
+    if not os.path.isfile(path):
+        found = " as a file" if os.path.exists(path) else ""
+        # OCR-VQA's pictures, for one, come as .gif and .png, and its rows call all of them .jpg.
+        others = glob.glob(glob.escape(os.path.splitext(path)[0]) + ".*") if "\0" not in path else []
+        near = f" (there is {os.path.basename(others[0])})" if others and path not in others else ""
+        raise UserError(f"image {path!r} does not exist{found}; check image_dir and the name{near}")
+    known.add(path)
+
+
 def load_image(source: str | Path | BinaryIO) -> Image.Image:
     """Read and fully decode an image file, as RGB. EXIF rotation is ignored, as in the official code."""
     with (reading(source, "not a readable image", "replace the file"),
@@ -232,8 +248,45 @@ def parse_instruction(raw: object) -> tuple[list[str], list[list[dict]]]:
 
     {"id", "image": name or [names], "conversations": [turns]}, without "image" if there is none.
     """
+    raw = llava_row(raw)
     check_keys(raw, ["conversations"])
     return check_row(find_image(raw, ["image"]), [raw["conversations"]])
+
+
+def llava_row(raw: object) -> object:
+    """
+    Rows of other tools in LLaVA's words; LLaVA's own rows, and what is no row, unchanged.
+
+    {"messages": [{"role": "user" or "assistant", "content": text or parts}], "image" or "images": name or [names]}; a
+    part is {"type": "text", "text"} or {"type": "image"}. Turns "from" user and assistant are human and gpt.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    if "messages" in raw and "conversations" not in raw:
+        raw = {"conversations" if key == "messages" else key: value for key, value in raw.items()}
+        if "images" in raw and not raw.get("image"):
+            raw["image"] = raw.pop("images")
+    return raw | {key: [llava_turn(turn) for turn in raw[key]]
+                  for key in ("conversations", "chosen", "rejected") if isinstance(raw.get(key), list)}
+
+
+def llava_turn(turn):
+    if not isinstance(turn, dict) or turn.get("from") in ("human", "gpt"):
+        return turn
+    speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if isinstance(value, list):
+        value = "".join(text_of_part(part) for part in value)
+    return {"from": {"user": "human", "assistant": "gpt"}.get(speaker, speaker) if isinstance(speaker, str) else speaker, "value": value}
+
+
+def text_of_part(part):
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image" and part.keys() <= {"type", "index", "text"}:
+        return f"{IMAGE}\n"
+    raise UserError(f'found {shorten(part)} in a content, expected {{"type": "text", "text": …}} or {{"type": "image"}}, with the '
+                    'names of the files in the row\'s "image"')
 
 
 def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
@@ -243,6 +296,7 @@ def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
     {"id", "image", "chosen": [turns], "rejected": [turns]}, or RLAIF-V's own columns: "question", "chosen" and
     "rejected" as plain strings; the images are then put in front of the question. "image_path" will do for "image".
     """
+    raw = llava_row(raw)
     check_keys(raw, ["chosen", "rejected"])
     image, conversations = find_image(raw, ["image", "image_path"]), [raw["chosen"], raw["rejected"]]
     if isinstance(raw["chosen"], str):  # RLAIF-V
@@ -356,21 +410,24 @@ class Sampler:
     The rows of global batch 0, 1, 2, ...: a pure function of (seed, step). The position in the data is just the
     step, so a resumed run continues with the batch that the interrupted run would have had.
 
-    `sources` are (first row, last row + 1, weight). An epoch draws round(weight * rows) rows of each, shuffles all,
-    sorts every 50 batches' worth by length, cuts it into batches, and shuffles the batches.
+    `sources` are (first row, last row + 1, weight); rows in `held_out` are left out of them. An epoch draws
+    round(weight * rows) rows of each, shuffles all, sorts every 50 batches' worth by length, cuts it into batches, and
+    shuffles the batches.
     """
     # Sorting makes the rows of a batch similar in length, which saves padding; sorting only so many batches at a
     # time keeps it random which rows share a batch. More batches: less padding, less randomness.
     MEGABATCH = 50
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0,
-                 sources: list[tuple[int, int, float]] | None = None):
+                 sources: list[tuple[int, int, float]] | None = None, held_out: np.ndarray | None = None):
         for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0)]:
             if value < least:
                 raise UserError(f"{name}={value}, expected at least {least}")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
-        self.sources = sources or [(0, len(lengths), 1.0)]
-        rows_per_epoch = sum(round(weight * (stop - start)) for start, stop, weight in self.sources)
+        held_out = np.array([], int) if held_out is None else held_out
+        self.sources = [(np.setdiff1d(np.arange(start, stop), held_out), weight)
+                        for start, stop, weight in sources or [(0, len(lengths), 1.0)]]
+        rows_per_epoch = sum(round(weight * len(rows)) for rows, weight in self.sources)
         self.steps_per_epoch = rows_per_epoch // batch_size  # the remainder is dropped, a different one each epoch
         if rows_per_epoch > 10**9:
             raise UserError(f"an epoch has {rows_per_epoch:,} rows, and their order would take {rows_per_epoch * 16 / 1e9:,.0f} GB of "
@@ -390,13 +447,13 @@ class Sampler:
     def shuffle(self, epoch):
         """All batches of an epoch, (steps_per_epoch, batch_size) row numbers."""
         rng = np.random.default_rng([self.seed, epoch])
-        rows = []
-        for start, stop, weight in self.sources:
-            missing = round(weight * (stop - start))
+        drawn = []
+        for rows, weight in self.sources:
+            missing = round(weight * len(rows))
             while missing > 0:  # weight 2.5: all rows, all rows again, a random half
-                rows.append(start + rng.permutation(stop - start)[:missing])
-                missing -= len(rows[-1])
-        rows = rng.permutation(np.concatenate(rows))[:self.steps_per_epoch * self.batch_size]
+                drawn.append(rows[rng.permutation(len(rows))[:missing]])
+                missing -= len(drawn[-1])
+        rows = rng.permutation(np.concatenate(drawn))[:self.steps_per_epoch * self.batch_size]
 
         megabatch = self.MEGABATCH * self.batch_size
         for i in range(0, len(rows), megabatch):

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -38,9 +39,10 @@ import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
 from benchmarks.paper import markdown, our_row
-from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_values, expected, load_config, run,
-                          shorten)
-from data import IMAGE, load_image, render, transform_image
+from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_uses, check_values, expected, load_config,
+                          run, shorten)
+from data import as_text, load_image, render, transform_image
+from engine import prefix
 from engine.files import digest_of_folder, disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
 from engine.hf import NOT_A_FOLDER, require_tokenizer
 from model import Llava
@@ -58,6 +60,8 @@ DEFAULTS = dict(
     max_new_tokens=0,           # 0: the official limit of each benchmark, 128 or 1024
     crop=False,                 # center crop instead of padding to a square, as some official scripts do
     # single benchmarks
+    questions="",               # own: a file of your own questions (benchmarks/own.py), instead of --data
+    image_dir="",               # own: the folder of its images
     ocr=True,                   # textvqa: the prompt lists the reference OCR tokens, as in the paper
     vizwiz_split="val",         # val | test: test writes the submission to the official server and scores nothing
     mmhal_short=True,           # mmhal: ask for short answers, as the authors' script does
@@ -81,6 +85,7 @@ BENCHMARKS = {
     "objhal": "objhal.ObjHal",
     "mmhal": "mmhal.MMHal",
     "amber": "amber.AMBER",
+    "own": "own.Own",
 }
 
 
@@ -99,12 +104,15 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: Config) -> None:
-    for name in config.benchmark.split(","):
+    names = config.benchmark.split(",")
+    for name in names:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(BENCHMARKS)}"
             raise UserError(f"--benchmark: found {name!r}, {hint}")
-    for key in ("data", "out_dir"):
+    if "own" in names and not config.questions:
+        raise UserError("--questions is missing; give --questions=FILE, your questions")
+    for key in ("out_dir", *["data"] * (names != ["own"])):
         if not config[key]:
             raise UserError(f"--{key} is missing; give --{key}=DIR")
     if bool(config.model) == bool(config.answers):
@@ -118,6 +126,16 @@ def check(config: Config) -> None:
     check_values(config, {
         "batch_size": POSITIVE, "max_new_tokens": NON_NEGATIVE, "vizwiz_split": ["val", "test"],
         "device": ["", "cpu", "cuda"], "dtype": ["", "float32", "bfloat16", "float16"]})
+    check_uses(config, DEFAULTS, [
+        (["batch_size", "device", "dtype", "max_new_tokens", "crop"], config.model, "answering, with --model"),
+        (["questions", "image_dir"], "own" in names, "own"),
+        (["data"], names != ["own"], "the other benchmarks"),
+        (["ocr"], "textvqa" in names, "textvqa"),
+        (["vizwiz_split"], "vizwiz" in names, "vizwiz"),
+        (["mmhal_short"], "mmhal" in names, "mmhal"),
+        (["objhal_extract"], "objhal" in names, "objhal"),
+        (["judge_url", "judge_model", "judge_key_env"], "mmhal" in names or config.objhal_extract, "mmhal, and objhal_extract"),
+    ])
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no GPU here; use --device=cpu")
 
@@ -206,11 +224,10 @@ def barrier(world_size: int) -> None:
 
 
 def job_id(question: Question, root: Path) -> str:
-    """Questions with the same image and prompt are one job: POPE's 9,000 questions are 5,127 jobs."""
-    image = question.image or b""
-    if isinstance(image, Path):
-        image = os.path.relpath(image, root).encode()
-    return hashlib.sha256(hashlib.sha256(image).digest() + question.model_prompt.encode()).hexdigest()[:32]
+    """Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs."""
+    images = [os.path.relpath(image, root).encode() if isinstance(image, Path) else image for image in question.images]
+    digests = b"".join(hashlib.sha256(image).digest() for image in images or [b""])
+    return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32]
 
 
 def digest_of_model(config: Config) -> str:
@@ -246,11 +263,9 @@ def open_jobs(benchmark: Benchmark, folder: Path, model: dict, config: Config, r
             print(f"{benchmark.name}: already answered in {folder / 'answers.jsonl'}")
         return {}
     for question in benchmark.questions:
-        if isinstance(question.image, Path) and not question.image.is_file():
-            raise UserError(f"{question.where}: image {question.image} does not exist; check --data")
-        if IMAGE in question.model_prompt:
-            raise UserError(f"{question.where}: the question holds {IMAGE}, the place of an image; its image goes "
-                            "first, so remove it")
+        for image in question.images:
+            if isinstance(image, Path) and not image.is_file():
+                raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
 
     barrier(world_size)                                              # every rank has read the earlier settings, if any
     if rank == 0:
@@ -270,33 +285,29 @@ def open_jobs(benchmark: Benchmark, folder: Path, model: dict, config: Config, r
 def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Question], folder: Path, config: Config,
                      rank: int, world_size: int) -> None:
     """
-    Batched greedy decoding; this rank takes every `world_size`-th batch. Sorted by prompt length, longest first: little
-    padding, and a batch size that does not fit into memory fails at once. Rows of a batch do not influence each other.
+    Batched greedy decoding; this rank takes every `world_size`-th batch. Questions about one image share a batch, and what
+    their prompts begin with is read once (engine/prefix.py). Rows of a batch do not influence each other.
     """
     model, tokenizer = llava.config, llava.tokenizer
     batch_size = 1 if model.pad_token_id is None else config.batch_size   # unequal lengths need padding
     rows = []
     for job, question in todo.items():
-        prompt = question.model_prompt if question.image is None else "<image>\n" + question.model_prompt
+        prompt = "<image>\n" * len(question.images) + as_text(question.model_prompt)     # a literal <image> in it is text
         ids, _ = render([{"from": "human", "value": prompt}], tokenizer, model.template, model.image_tokens)
         rows.append((ids, job, question))
-    rows.sort(key=lambda row: -len(row[0]))
-    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)][rank::world_size]
+    batches = make_batches(rows, batch_size)[rank::world_size]
+    answered_before = list(accumulate(map(len, batches), initial=0))
 
     started = last_print = time.time()
     path = folder / f"answers.partial.{rank}.jsonl"
     with ThreadPoolExecutor() as pool:
-        images = start_loading(pool, batches[0], model.vision.image_size, config.crop) if batches else []
+        loading = start_loading(pool, batches[0], model.vision.image_size, config.crop) if batches else {}
         for i, batch in enumerate(batches):
-            pixel_values = None
-            if images:
-                pixel_values = torch.stack([image.result() for image in images]).to(config.device)   # (N, 3, S, S)
+            pixels = {image: future.result() for image, future in loading.items()}
             if i + 1 < len(batches):                                 # while the model is busy with this batch
-                images = start_loading(pool, batches[i + 1], model.vision.image_size, config.crop)
-            longest = len(batch[0][0])
-            padded = [ids + [model.pad_token_id] * (longest - len(ids)) for ids, _, _ in batch]
-            input_ids = torch.tensor(padded, device=config.device)                            # (B, T)
-            output = llava.generate(input_ids, pixel_values, benchmark.max_new_tokens)        # (B, new)
+                loading = start_loading(pool, batches[i + 1], model.vision.image_size, config.crop)
+            prompts, images = [ids for ids, _, _ in batch], [question.images for _, _, question in batch]
+            output = prefix.generate(llava, prompts, images, pixels, benchmark.max_new_tokens)   # (B, new)
 
             with disk_errors(path, note="make room; what is answered is kept, the same command continues"), \
                     open(path, "a", encoding="utf-8") as partial:
@@ -306,23 +317,43 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
 
             if rank == 0 and (time.time() - last_print > 5 or i + 1 == len(batches)):
                 last_print, seconds = time.time(), time.time() - started
-                done = min((i + 1) * batch_size * world_size, len(rows))
-                left = timedelta(seconds=round(seconds / (i + 1) * (len(batches) - i - 1)))
-                speed = f"{done / seconds:.1f}/s, {left} left"
-                print(f"{benchmark.name}: {done:,}/{len(rows):,} answered, {speed}", flush=True)
+                share = answered_before[i + 1] / answered_before[-1]     # this rank's, and about that of the others
+                speed, left = len(rows) * share / seconds, timedelta(seconds=round(seconds / share - seconds))
+                print(f"{benchmark.name}: {round(len(rows) * share):,}/{len(rows):,} answered, {speed:.1f}/s, {left} left",
+                      flush=True)
 
 
-def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop: bool) -> list[Future]:
-    """Start to read and resize the images of a batch, in threads."""
-    return [pool.submit(load_pixels, question, size, crop) for _, _, question in batch if question.image is not None]
+def make_batches(rows: list[tuple], batch_size: int) -> list[list[tuple]]:
+    """(ids, job, question) of all rows -> batches. The rows of an image stay together, as long as they fit into one.
+
+    The largest groups and the longest prompts come first: little padding, and a batch size that does not fit into memory
+    fails at once.
+    """
+    groups = {}
+    for row in sorted(rows, key=lambda row: -len(row[0])):
+        groups.setdefault(tuple(row[2].images), []).append(row)
+    pieces = [group[i:i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+    pieces.sort(key=lambda piece: (-len(piece), -len(piece[0][0])))
+    batches = [[]]
+    for piece in pieces:
+        if len(batches[-1]) + len(piece) > batch_size:
+            batches.append([])
+        batches[-1] += piece
+    return [batch for batch in batches if batch]
 
 
-def load_pixels(question: Question, size: int, crop: bool) -> torch.Tensor:
-    if isinstance(question.image, Path):
-        image = load_image(str(question.image))
+def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop: bool) -> dict[Path | bytes, Future]:
+    """Start to read and resize the images of a batch, each of them once, in threads."""
+    images = {image: question for _, _, question in batch for image in question.images}
+    return {image: pool.submit(load_pixels, image, question, size, crop) for image, question in images.items()}
+
+
+def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) -> torch.Tensor:
+    if isinstance(image, Path):
+        image = load_image(str(image))
     else:
         try:
-            image = load_image(io.BytesIO(question.image))
+            image = load_image(io.BytesIO(image))
         except UserError:
             raise UserError(f"{question.where}: the base64 is not a readable image; replace the file") from None
     return transform_image(image, size, pad=not crop)                # (3, S, S)

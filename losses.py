@@ -102,7 +102,7 @@ class TeacherReference:
     """The teacher's output for a micro-batch, in one of three forms."""
     states: torch.Tensor | None = None         # (B, T, D') last hidden states
     hidden: torch.Tensor | None = None         # (N, D') those of the N tokens that go through the head, with
-    head: torch.Tensor | None = None           # (V', D'): logits are computed for a few tokens at a time, when needed
+    head: torch.Tensor | None = None           # (V', D'): `chunked_loss` makes the logits of a few tokens at a time
     top_ids: torch.Tensor | None = None        # (N, k) from the teacher cache, with
     top_logprobs: torch.Tensor | None = None   # (N, k)
     tail_logprob: torch.Tensor | None = None   # (N,) the log of the probability of all other tokens
@@ -128,25 +128,29 @@ def merge_tail(student_logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs
             torch.cat([top_logprobs, tail_logprob[:, None]], dim=1))
 
 
-def distillation(student_logits: torch.Tensor, teacher: TeacherReference, chunk: slice, kd_loss: str = "forward",
+def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, kd_loss: str = "forward",
                  temperature: float = 1.0, z_scores: bool = False, jsd_beta: float = 0.5) -> torch.Tensor:
-    """The token loss `kd_loss` between student and teacher for the tokens in `chunk`: (n, V) -> (n,).
+    """The token loss `kd_loss` between student and teacher: (N, V), (N, V') -> (N,).
 
     Before it, logits may be standardized (z_scores) and divided by the temperature; the loss is then multiplied by
     temperature^2, which keeps its gradient's size (Hinton et al., arXiv 1503.02531).
     """
-    if teacher.top_ids is None:
-        with torch.no_grad():
-            teacher_logits = F.linear(teacher.hidden[chunk], teacher.head)             # (n, V')
-        shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-        student_logits = soften(student_logits[:, :shared], temperature, z_scores)
-        teacher_logits = soften(teacher_logits[:, :shared], temperature, z_scores)
-    else:                                                            # the cache holds log-probs of softened logits
-        student_logits, teacher_logits = merge_tail(
-            soften(student_logits[:, :teacher.vocab_size], temperature, z_scores), teacher.top_ids[chunk].long(),
-            teacher.top_logprobs[chunk], teacher.tail_logprob[chunk])
-    beta = {"beta": jsd_beta} if kd_loss == "jsd" else {}
-    return temperature ** 2 * TOKEN_LOSSES[kd_loss](student_logits, teacher_logits, **beta)
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = (soften(logits[:, :shared], temperature, z_scores) for logits in (student_logits, teacher_logits))
+    return temperature ** 2 * token_loss(kd_loss, student, teacher, jsd_beta)
+
+
+def cached_distillation(student_logits: torch.Tensor, teacher: TeacherReference, chunk: slice, kd_loss: str = "forward",
+                        temperature: float = 1.0, z_scores: bool = False, jsd_beta: float = 0.5) -> torch.Tensor:
+    """The same from the teacher cache, which holds log-probs of softened logits, for the tokens in `chunk`:
+    (n, V) -> (n,)."""
+    student, teacher = merge_tail(soften(student_logits[:, :teacher.vocab_size], temperature, z_scores),
+                                  teacher.top_ids[chunk].long(), teacher.top_logprobs[chunk], teacher.tail_logprob[chunk])
+    return temperature ** 2 * token_loss(kd_loss, student, teacher, jsd_beta)
+
+
+def token_loss(kd_loss: str, student: torch.Tensor, teacher: torch.Tensor, jsd_beta: float) -> torch.Tensor:
+    return jsd(student, teacher, jsd_beta) if kd_loss == "jsd" else TOKEN_LOSSES[kd_loss](student, teacher)
 
 
 def soften(logits: torch.Tensor, temperature: float, z_scores: bool) -> torch.Tensor:

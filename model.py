@@ -144,7 +144,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embedding = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(config.n_embd) * config.n_embd ** -0.5)
+        self.class_embedding = nn.Parameter(torch.empty(config.n_embd).normal_(std=config.n_embd ** -0.5))
         self.position_embedding = nn.Embedding(config.patches + 1, config.n_embd)
         self.pre_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))
@@ -214,43 +214,72 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for prompt and answer.
+    """Keys and values of every layer, so that tokens which the decoder has read need not be read again.
 
-    Prompts are padded on the right and have unequal lengths, so each row writes its new token to its own slot, over the
-    padding, and `attn_mask` hides the slots that a row has not filled yet.
+    Row b holds `row_lengths[b]` tokens, in its first slots. Batches are padded on the right, so each pass writes a row's
+    new tokens behind its own last one, over the padding of the pass before, and `attn_mask` hides what is behind a token.
     """
 
-    def __init__(self, config: DecoderConfig, row_lengths: torch.Tensor, n_prompt: int, n_new: int, dtype: torch.dtype):
-        head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, len(row_lengths), config.n_kv_head, n_prompt + n_new, head_dim)
-        require_memory(2 * math.prod(shape) * dtype.itemsize, f"max_new_tokens={n_new:,}: its KV cache", row_lengths.device)
-        self.k = torch.zeros(shape, dtype=dtype, device=row_lengths.device)   # (n_layer, B, K, slots, Dh)
-        self.v = torch.zeros(shape, dtype=dtype, device=row_lengths.device)
-        self.row_lengths = row_lengths    # (B,) tokens of each row so far, without padding
-        self.length = n_prompt            # slots in use: those of the longest row
-        self.positions = None             # (B, 1) position, and slot, of each row's new token; None: reading the prompt
-        self.attn_mask = None             # (B, 1, 1, length) which slots the new token attends to
+    def __init__(self, config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device):
+        self.config = config
+        self.k = torch.zeros(config.n_layer, rows, config.n_kv_head, 0, config.n_embd // config.n_head, dtype=dtype,
+                             device=device)                          # (n_layer, B, K, slots, Dh)
+        self.v = self.k.clone()
+        self.row_lengths = torch.zeros(rows, dtype=torch.long, device=device)   # (B,) tokens of each row, without padding
+        self.length = 0                   # slots in use: no row has more tokens
+        self.is_first_pass = True         # nothing was in it before the tokens that are being read
+        self.positions = None             # (B, T) positions, and slots, of the tokens that are being read
+        self.attn_mask = None             # (B, 1, T, length) which slots each of them attends to
 
-    def start_token(self) -> None:
-        """Make room for one more token in every row."""
-        self.length += 1
-        self.positions = self.row_lengths[:, None]
-        slots = torch.arange(self.length, device=self.row_lengths.device)
-        self.attn_mask = (slots <= self.positions)[:, None, None, :]
-        self.row_lengths = self.row_lengths + 1
+    def reserve(self, slots: int, reason: str) -> None:
+        """Make room for so many tokens per row."""
+        *shape, old, head_dim = self.k.shape
+        if slots > old:
+            new = (*shape, slots, head_dim)
+            require_memory(2 * math.prod(new) * self.k.itemsize, f"{reason}: its KV cache", self.k.device)
+            for name in ("k", "v"):
+                wider = self.k.new_zeros(new)
+                wider[..., :old, :] = getattr(self, name)
+                setattr(self, name, wider)
 
-    def write_prompt(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store the keys and values of the whole prompt, (B, K, T, Dh) each."""
-        T = k.shape[2]
-        self.k[layer, :, :, :T] = k
-        self.v[layer, :, :, :T] = v
+    def start_pass(self, T: int, valid: torch.Tensor | None) -> torch.Tensor:
+        """Place T more tokens in each row, those at the flat positions `valid` not padding -> their positions (B, T)."""
+        self.is_first_pass = self.length == 0
+        self.positions = self.row_lengths[:, None] + torch.arange(T, device=self.k.device)
+        self.length += T
+        if valid is None:
+            self.row_lengths = self.row_lengths + T
+        else:
+            self.row_lengths = self.row_lengths.index_add(0, valid // T, torch.ones_like(valid))
+        if not self.is_first_pass:
+            slots = torch.arange(self.length, device=self.k.device)
+            self.attn_mask = (slots <= self.positions[:, :, None])[:, None]
+        return self.positions
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store those of the new token, (B, K, 1, Dh) each -> all slots in use, (B, K, length, Dh) each."""
-        row, slot = torch.arange(len(k), device=k.device), self.positions[:, 0]
-        self.k[layer, row, :, slot] = k[:, :, 0].to(self.k.dtype)
-        self.v[layer, row, :, slot] = v[:, :, 0].to(self.v.dtype)
+        """Store those of the new tokens, (B, K, T, Dh) each -> all slots in use, (B, K, length, Dh) each."""
+        if self.is_first_pass:                                       # positions are 0 .. T-1 in every row
+            self.k[layer, :, :, :self.length] = k
+            self.v[layer, :, :, :self.length] = v
+        else:
+            row = torch.arange(len(k), device=k.device)[:, None]     # (B, 1), indexes together with positions (B, T)
+            self.k[layer, row, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)           # (B, T, K, Dh)
+            self.v[layer, row, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :self.length], self.v[layer, :, :, :self.length]
+
+    def copy_rows(self, rows: torch.Tensor, more: int) -> "KVCache":
+        """A cache whose row i is this one's row rows[i], with room for `more` tokens."""
+        new = KVCache(self.config, len(rows), self.k.dtype, self.k.device)
+        new.reserve(self.length + more, f"{len(rows)} rows of {self.length + more:,} tokens")
+        new.row_lengths, new.length = self.row_lengths[rows], self.length
+        for layer in range(len(self.k)):                             # one by one: no second copy of all layers
+            new.k[layer, :, :, :self.length] = self.k[layer, rows, :, :self.length]
+            new.v[layer, :, :, :self.length] = self.v[layer, rows, :, :self.length]
+        return new
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first `length` of each row."""
+        self.row_lengths, self.length = self.row_lengths.clamp(max=length), length
 
 
 class Attention(nn.Module):
@@ -267,24 +296,23 @@ class Attention(nn.Module):
         q = apply_rope(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.n_head), cos, sin)      # (B, H, T, Dh)
         k = apply_rope(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head), cos, sin)   # (B, K, T, Dh)
         v = rearrange(self.v_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head)                         # (B, K, T, Dh)
-        if cache is not None and cache.positions is not None:
-            return self.o_proj(self.attend_to_cache(q, k, v, cache))
         if cache is not None:
-            cache.write_prompt(self.layer, k, v)
+            all_k, all_v = cache.append(self.layer, k, v)            # (B, K, length, Dh)
+            if not cache.is_first_pass:
+                return self.o_proj(self.attend_to_cache(q, all_k, all_v, cache.attn_mask))
         # Padding is on the right, so causality alone hides it from every valid position. No mask tensor is needed, and
         # the fast attention kernels, which accept none, stay available.
         y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True,
                                            enable_gqa=self.n_head != self.n_kv_head)                    # (B, H, T, Dh)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
-    def attend_to_cache(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """One new token per row: (B, H, 1, Dh), (B, K, 1, Dh) twice -> (B, 1, H*Dh)."""
-        k, v = cache.append(self.layer, k, v)                        # (B, K, length, Dh)
+    def attend_to_cache(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+        """T new tokens per row: (B, H, T, Dh), (B, K, length, Dh) twice, (B, 1, T, length) -> (B, T, H*Dh)."""
         # GQA: fold the query heads of a KV head into the sequence dimension, so K and V are read once.
-        q = rearrange(q, "b (k g) 1 d -> b k g d", k=self.n_kv_head)
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.attn_mask)   # (B, K, H/K, Dh)
-        return rearrange(y, "b k g d -> b 1 (k g d)")
+        T, group = q.shape[2], self.n_head // self.n_kv_head
+        q = rearrange(q, "b (k g) t d -> b k (g t) d", g=group)
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=attn_mask.repeat(1, 1, group, 1))
+        return rearrange(y, "b k (g t) d -> b t (k g d)", t=T)
 
 
 class FFN(nn.Module):
@@ -342,10 +370,7 @@ class Decoder(nn.Module):
         valid: flat positions of all but padding (None: of all), see `flat`; only the routers use it.
         """
         B, T, D = x.shape
-        if cache is not None and cache.positions is not None:        # one new token per row
-            positions = cache.positions                              # (B, 1)
-        else:
-            positions = torch.arange(T, device=x.device)[None]       # (1, T)
+        positions = torch.arange(T, device=x.device)[None] if cache is None else cache.start_pass(T, valid)   # (B or 1, T)
         cos, sin = rope_angles(positions, D // self.config.n_head, self.config.rope_theta)
         routings = []
         for block in self.blocks:
@@ -462,15 +487,29 @@ class Llava(nn.Module):
         hidden, _ = self.hidden_states(input_ids, self.encode_images(pixel_values))
         return self.decoder.head(hidden)
 
+    def make_cache(self, rows: int) -> KVCache:
+        weight = self.decoder.blocks[0].attn.k_proj.weight
+        return KVCache(self.config.decoder, rows, weight.dtype, weight.device)
+
+    @torch.no_grad()
+    def read(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """Put the tokens (B, T) behind those in the cache -> the hidden state of each row's last token (B, D)."""
+        valid = valid_positions(input_ids, self.config.pad_token_id)   # (B, T)
+        cache.reserve(cache.length + input_ids.shape[1], f"a prompt of {input_ids.shape[1]:,} tokens")
+        hidden, _ = self.decoder(self.embed(input_ids, self.encode_images(pixel_values)), flat(valid), cache)
+        last = (valid.sum(1) - 1).clamp(min=0)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
     @torch.no_grad()
     def stream(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, max_new_tokens: int = 128,
                temperature: float = 0.0, eos_token_id: int | list[int] | None = None,
-               uniforms: torch.Tensor | None = None, banned: list[int] | None = None) -> Iterator[torch.Tensor]:
+               uniforms: torch.Tensor | None = None, banned: list[int] | None = None,
+               cache: KVCache | None = None) -> Iterator[torch.Tensor]:
         """Yield one new token per row, (B,), as soon as it is known, until every row has ended.
 
         Greedy at temperature 0, otherwise sampled from softmax(logits / temperature) with `uniforms` (B, max_new_tokens)
-        or torch's generator. `banned` ids are never chosen. Rows of unequal length are padded on the right; each
-        continues after its own last token. After its end token a row yields padding.
+        or torch's generator. `banned` ids are never chosen. Rows are padded on the right, each continues after its own
+        last token, and after its end token yields padding. `cache` holds what comes before `input_ids` and its images.
         """
         eos_token_id = self.config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
@@ -480,17 +519,12 @@ class Llava(nn.Module):
         ends = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
         banned = torch.tensor(banned or [], dtype=torch.long, device=input_ids.device)
 
-        # The prompt, all rows at once
-        valid = valid_positions(input_ids, self.config.pad_token_id)   # (B, T)
-        lengths = valid.sum(1)                                       # (B,)
-        x = self.embed(input_ids, self.encode_images(pixel_values))
-        dtype = self.decoder.blocks[0].attn.k_proj.weight.dtype
-        cache = KVCache(self.config.decoder, lengths, input_ids.shape[1], max_new_tokens, dtype)
-        hidden, _ = self.decoder(x, flat(valid), cache)
-        hidden = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]       # (B, D)
+        cache = self.make_cache(len(input_ids)) if cache is None else cache
+        cache.reserve(cache.length + input_ids.shape[1] + max_new_tokens, f"max_new_tokens={max_new_tokens:,}")
+        hidden = self.read(input_ids, pixel_values, cache)           # (B, D) the prompt, all rows at once
 
         # The answer, token by token
-        finished = torch.zeros_like(lengths, dtype=torch.bool)
+        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for i in range(max_new_tokens):
             logits = self.decoder.head(hidden).float()                                        # (B, V)
             if len(banned):
@@ -502,15 +536,15 @@ class Llava(nn.Module):
             finished = finished | torch.isin(token, ends)
             if i == max_new_tokens - 1 or bool(finished.all()):
                 return
-            cache.start_token()
             hidden, _ = self.decoder(self.decoder.embedding(token[:, None]), None, cache)
             hidden = hidden[:, 0]
 
     def generate(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, max_new_tokens: int = 128,
                  temperature: float = 0.0, eos_token_id: int | list[int] | None = None,
-                 uniforms: torch.Tensor | None = None, banned: list[int] | None = None) -> torch.Tensor:
+                 uniforms: torch.Tensor | None = None, banned: list[int] | None = None,
+                 cache: KVCache | None = None) -> torch.Tensor:
         """The new tokens only, (B, new), the end token included, padding after it. See `stream`."""
-        tokens = self.stream(input_ids, pixel_values, max_new_tokens, temperature, eos_token_id, uniforms, banned)
+        tokens = self.stream(input_ids, pixel_values, max_new_tokens, temperature, eos_token_id, uniforms, banned, cache)
         return torch.stack(list(tokens), dim=1)
 
     def unanswerable_ids(self) -> list[int]:

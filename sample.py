@@ -6,12 +6,14 @@ Talk to a checkpoint about an image.
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
+from os.path import commonprefix
+
 import torch
 
 from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run
 from data import as_text, load_image, render, transform_image
 from engine.hf import require_tokenizer
-from model import Llava
+from model import KVCache, Llava
 
 DEFAULTS = dict(
     model="",                   # a LLaVA folder, for example the out_dir of a training run
@@ -23,13 +25,20 @@ DEFAULTS = dict(
 )
 
 
-def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | None, max_new_tokens: int,
-           temperature: float) -> str:
-    """Print the reply to the conversation's last turn token by token, and return it."""
+def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | None, known: list[int], cache: KVCache,
+           max_new_tokens: int, temperature: float) -> str:
+    """Print the reply to the conversation's last turn token by token, and return it.
+
+    `known`: the tokens that the earlier turns have left in the cache. What the conversation begins with is not read again.
+    """
     ids, _ = render(conversation, llava.tokenizer, llava.config.template, llava.config.image_tokens)
-    input_ids = torch.tensor([ids], device=llava.adaptor.linear_1.weight.device)      # (1, T)
+    start = len(commonprefix([known, ids[:-1]]))
+    cache.truncate(start)
+    if llava.config.image_token_id not in ids[start:]:
+        pixel_values = None
+    input_ids = torch.tensor([ids[start:]], device=llava.adaptor.linear_1.weight.device)      # (1, T)
     new, shown = [], ""
-    for token in llava.stream(input_ids, pixel_values, max_new_tokens, temperature):
+    for token in llava.stream(input_ids, pixel_values, max_new_tokens, temperature, cache=cache):
         new.append(int(token))
         # Decode all of it each time: a character may take several tokens, and decodes to the replacement character
         # until the last of them is there.
@@ -38,6 +47,7 @@ def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | 
             print(text[len(shown):], end="", flush=True)
             shown = text
     print()
+    known[:] = ids + new[:-1]                                        # the last token was not read
     return shown.strip()
 
 
@@ -58,14 +68,14 @@ def main(argv: list[str]) -> None:
     if image is not None:
         pixel_values = transform_image(image, llava.config.vision.image_size)[None]   # (1, 3, S, S)
 
-    conversation = []
+    conversation, known, cache = [], [], llava.make_cache(rows=1)
     while True:
         prompt = config.prompt or next_question()
         if not prompt:
             return
         first = "<image>\n" if image is not None and not conversation else ""
         conversation.append({"from": "human", "value": first + as_text(prompt)})
-        reply = answer(llava, conversation, pixel_values, config.max_new_tokens, config.temperature)
+        reply = answer(llava, conversation, pixel_values, known, cache, config.max_new_tokens, config.temperature)
         conversation.append({"from": "gpt", "value": reply})
         if config.prompt:
             return

@@ -21,7 +21,7 @@ out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per 
 and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit (on a GPU
 with --deterministic; engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config
+from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_uses, check_values, given_settings
 from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
 
 import math
@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,16 +42,16 @@ import data
 from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
-from engine.files import digest_of_folder
-from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
+from engine.files import digest_of_folder, write_lines
+from engine.hf import check_same_tokens, describe_llava, read_llava_config, require_tokenizer, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
-from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cross_entropy, distillation,
-                    hidden_mse, relation_cosine, soften)
+from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cached_distillation,
+                    cross_entropy, distillation, hidden_mse, relation_cosine, soften)
 from model import Llava, LlavaConfig, flat, image_positions, valid_positions
-from moe import balance_loss, expert_counts, upcycle
+from moe import SparseFFN, balance_loss, expert_counts, sparse_layers, upcycle
 
 # -----------------------------------------------------------------------------
 # 1. Settings
@@ -67,10 +68,13 @@ DEFAULTS = dict(
     # data
     data="",                    # "a.json" or "a.json:0.5,b.jsonl:2": files, each with a weight
     image_dir="",
+    skip_bad_rows=False,        # train without the rows that are wrong and list them in out_dir/bad_rows.jsonl; False: stop
     max_length=2048,            # positions per row, image positions included
     batch_size=128,             # rows (in pd: pairs) per step, over all ranks and micro-batches
     micro_batch_size=8,         # rows per rank and forward pass; the rest is gradient accumulation
     num_workers=0,              # processes that decode images, per rank
+    val_rows=0,                 # rows that are never trained on; the loss on them goes to the log at the end,
+    val_every=0,                # and after every so many steps
     # optimization
     learning_rate=2e-5,
     warmup_ratio=0.03,          # share of the steps; then cosine down to 0
@@ -79,9 +83,9 @@ DEFAULTS = dict(
     beta2=0.98,
     eps=1e-6,
     grad_clip=0.0,              # largest gradient norm; 0: no clipping
-    epochs=1,
+    epochs=1,                   # passes over the data, or instead:
     max_steps=0,                # 0: as many as the epochs take
-    # sparse student
+    # sparse student: how stage d2s upcycles a dense one
     num_experts=4,
     top_k=2,
     moe_layers="even",          # even | all | first_half | second_half | layer numbers, "0,2,5"
@@ -141,7 +145,7 @@ ALLOWED = {
     "parallel": ["ddp", "fsdp"],
     **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
                      "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
-    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "balance_coef", "seed", "ce_weight", "kd_weight",
+    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "val_rows", "val_every", "balance_coef", "seed", "ce_weight", "kd_weight",
                      *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
     "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
     "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
@@ -150,7 +154,7 @@ ALLOWED = {
 }
 # Settings that may change when an interrupted run is resumed.
 MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "deterministic", "compile", "checkpointing",
-              "save_every", "log_every", "dry_run"]
+              "save_every", "log_every", "val_every", "dry_run"]
 # What a run is made from: the places may change, the content must stay the same (`fingerprints`).
 INPUTS = ["student", "teacher", "vision", "llm", "data"]
 # Settings that may differ from machine to machine.
@@ -237,16 +241,19 @@ def cached_reference(batch: dict, config: Config, vocab_size: int) -> TeacherRef
                             tail_logprob=batch["teacher_tail"], vocab_size=vocab_size)
 
 
-def token_loss(logits: torch.Tensor, chunk: slice, targets: torch.Tensor, is_response: torch.Tensor,
-               is_distilled: torch.Tensor, teacher: TeacherReference | None, ce_weight: float, config: Config,
-               total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the n tokens of a chunk add to the loss, and its parts: (n, V) -> (n,), {name: (n,)}."""
+def chunk_loss(logits: torch.Tensor, chunk: slice, teacher_logits: torch.Tensor | None = None, *, targets: torch.Tensor,
+               is_response: torch.Tensor, is_distilled: torch.Tensor, teacher: TeacherReference | None, ce_weight: float,
+               config: Config, total: dict[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the n tokens of a chunk add to the loss, and its parts: (n, V), (n, V') -> (n,), {name: (n,)}."""
     ce = cross_entropy(logits, targets[chunk]) * is_response[chunk]                              # eq. 5
     loss = ce_weight / total["response"] * ce
-    if teacher is None or not config.kd_weight:
+    if teacher is None:
         return loss, {"ce": ce}
-    kd = distillation(logits, teacher, chunk, config.kd_loss, config.kd_temperature, config.kd_standardize,
-                      config.jsd_beta) * is_distilled[chunk]                                     # eq. 6
+    how = config.kd_loss, config.kd_temperature, config.kd_standardize, config.jsd_beta
+    if teacher_logits is not None:
+        kd = distillation(logits, teacher_logits, *how) * is_distilled[chunk]                    # eq. 6
+    else:
+        kd = cached_distillation(logits, teacher, chunk, *how) * is_distilled[chunk]
     return config.kd_weight * kd / total["distilled"] + loss, {"ce": ce, "kd": kd}               # eq. 7
 
 
@@ -287,10 +294,12 @@ class Objective(nn.Module):
                     "rejected": rejected}
             parts = {name: value.sum() / total["pairs"] for name, value in sums.items()}
         else:
-            each, sums = chunked_loss(select(states, batch["head"]), student.decoder.head_weight, partial(
-                token_loss, targets=batch["targets"], is_response=batch["is_response"], is_distilled=batch["is_distilled"],
-                teacher=teacher, config=config, total=total,
-                ce_weight=0.0 if "sampled" in batch else config.ce_weight))                      # sampled: not data
+            reference = teacher if config.kd_weight else None
+            loss = partial(
+                chunk_loss, targets=batch["targets"], is_response=batch["is_response"], is_distilled=batch["is_distilled"],
+                teacher=reference, config=config, total=total,
+                ce_weight=0.0 if "sampled" in batch else config.ce_weight)                       # sampled: not data
+            each, sums = chunked_loss(select(states, batch["head"]), student.decoder.head_weight, loss, teacher=reference)
             loss = each.sum()
             parts = {name: value.sum() / total["response" if name == "ce" else "distilled"] for name, value in sums.items()}
             if "sampled" in batch:                                   # its own answers: their cross-entropy is no error
@@ -334,6 +343,7 @@ class Run:
     trainable: dict[str, nn.Parameter]      # the one list of what is optimized, clipped, saved and restored
     dataset: RowData | None = None
     sampler: data.Sampler | None = None
+    held_out: list[dict] | None = None      # this rank's micro-batches of the held-out rows
     batches: Iterator[list[dict]] | None = None     # this rank's micro-batches of each step
     first_step: int = 0                     # steps already done
     steps: int = 0
@@ -419,6 +429,26 @@ def count_batch(micro_batches: list[dict], config: Config) -> dict[str, int]:
     return dict(total)
 
 
+def sum_counts(total: dict[str, int], dist: Dist) -> dict[str, int]:
+    return dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """The loss and its parts on the held-out rows, as if they were one batch."""
+    config, dist, sums = run.config, run.dist, {}
+    total = sum_counts(count_batch(run.held_out, config), dist)
+    for batch in run.held_out:
+        batch = to_device(dist.device, batch)
+        with autocast(config, dist.device):
+            features = image_features(run.student, batch, config.stage)
+            loss, parts = run.objective(batch, features, reference_of(run, batch, features), total)
+        for name, value in ({"loss": loss} | parts).items():
+            sums[name] = sums.get(name, 0) + value.double()
+    distributed.reshard(run.objective)
+    return {f"val_{name}": dist.all_reduce(value).item() for name, value in sums.items() if name != "counts"}
+
+
 # -----------------------------------------------------------------------------
 # 4. The loop
 
@@ -433,7 +463,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     if run is None:
         return
 
-    began, stop.can_wait = time.time(), True
+    began, stop.can_wait, unsaid = time.time(), True, []             # unsaid: the records since the last line
+    warnings = log.Warnings(resume.first_losses(out_dir, log.WINDOW), run.student.config.decoder.sparse_layers)
     for step, micro_batches in enumerate(stop.watch(run.batches), start=run.first_step + 1):
         step_began = time.time()
         # Count the global batch before the first forward pass; the ranks' votes to stop travel with the counts.
@@ -441,8 +472,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if is_on_policy(config, step) and micro_batches:
             micro_batches, answers = sample_step(run, micro_batches, step)
         generation = time.time() - step_began
-        total = count_batch(micro_batches, config) | answers | stop.votes()
-        total = dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
+        total = sum_counts(count_batch(micro_batches, config) | answers | stop.votes(), dist)
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
                 save_state(run, step - 1)
@@ -454,10 +484,19 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         record = log.record(step, loss, parts, lr, grad_norm, total["tokens"], time.time() - step_began)
         if config.on_policy:
             record |= log.answers(total, generation)
+        is_validated = run.held_out and (step == run.steps or config.val_every and step % config.val_every == 0)
+        if is_validated:
+            record |= validate(run)
         if dist.rank == 0:
             resume.append_log(out_dir, record)
+            unsaid.append(record)
+            for line in warnings.after(record, parts):
+                stop.say(line)
             if step % config.log_every == 0 or step == run.steps:
-                stop.say(log.line(record, run.steps, (time.time() - began) / (step - run.first_step)))
+                stop.say(log.line(unsaid, run.steps, (time.time() - began) / (step - run.first_step)))
+                unsaid.clear()
+            if is_validated:
+                stop.say(log.held_out_line(record, run.steps))
         if step % config.save_every == 0 or step == run.steps:
             save_state(run, step)
             export(run)
@@ -505,9 +544,11 @@ def export(run: Run) -> None:
 
 def configure(argv: list[str]) -> Config:
     """Defaults < the stage's own defaults < config files < flags, checked."""
-    stage = load_config(DEFAULTS, argv).stage
-    config = load_config(DEFAULTS | STAGE_DEFAULTS.get(stage, {}), argv)
+    given = given_settings(DEFAULTS, argv)
+    defaults = DEFAULTS | STAGE_DEFAULTS.get(given.get("stage"), {})
+    config = Config(defaults | given)
     check_settings(config)
+    check_no_effect(config, defaults, given)
     return config
 
 
@@ -529,8 +570,6 @@ def check_settings(config: Config) -> None:
     if config.teacher_cache and not config.teacher:
         raise UserError("teacher_cache keeps the outputs of a teacher: say --teacher=…, the one they come from")
     for key in [*FEATURE_WEIGHTS, "on_policy"]:
-        if config[key] and config.stage not in ("d2d", "d2s"):
-            raise UserError(f"{key}={config[key]}: belongs to the stages d2d and d2s, this is {config.stage}")
         if config[key] and config.teacher_cache:
             raise UserError(f"{key}={config[key]} needs the teacher in memory, and teacher_cache holds its distributions of the "
                             "data's answers only: leave one of the two out")
@@ -545,10 +584,44 @@ def check_settings(config: Config) -> None:
                         "leave one of the two out")
     if config.kd_loss == "mse" and (config.kd_temperature != 1 or config.kd_standardize):
         raise UserError("kd_loss=mse standardizes the logits by itself: leave kd_temperature and kd_standardize at their defaults")
-    if config.template and config.student:
-        raise UserError("template is the checkpoint's own; it can be chosen for a new model (vision and llm) only")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no GPU here; say --device=cpu")
+
+
+def check_no_effect(config: Config, defaults: dict, given: dict) -> None:
+    """No setting is ignored without a word: what was given and would change nothing is an error."""
+    if config.max_steps and "epochs" in given:
+        raise UserError(f"epochs={config.epochs} and max_steps={config.max_steps} both say how long to train: leave one of "
+                        "them out, or say --max_steps=0")
+    stage, path, experts = config.stage, Path(config.student) / "config.json", None
+    if config.student and path.is_file():
+        decoder = read_llava_config(path).decoder
+        experts = decoder if decoder.num_experts else None
+    distills = stage in ("d2d", "d2s") and config.teacher
+    kd, signals = distills and config.kd_weight, ["kd_weight", *FEATURE_WEIGHTS, "on_policy"]
+    check_uses(config, defaults, [
+        (["template"], not config.student, "a new model (vision and llm): a checkpoint has its own"),
+        (["num_experts", "top_k", "moe_layers", "norm_topk"], stage == "d2s" or experts, "stage d2s, which makes a student sparse"),
+        (["balance_coef"], stage in ("d2s", "pd") or experts, "a sparse student"),
+        (["train_dense_ffn"], stage in ("d2s", "pd"), f"the stages d2s and pd, this is {stage}"),
+        (["ce_weight"], stage != "pd", "the other stages, this is pd"),
+        (signals, stage in ("d2d", "d2s"), f"the stages d2d and d2s, this is {stage}"),
+        (["kd_loss", "kd_tokens", "kd_temperature", "kd_standardize", "kd_shift"], kd, "d2d and d2s with a teacher and a kd_weight"),
+        (["jsd_beta"], kd and config.kd_loss == "jsd", "kd_loss=jsd"),
+        (["val_every"], config.val_rows, "a val_rows above 0"),
+        (["hidden_tokens"], config.hidden_weight, "a hidden_weight above 0"),
+        (["on_policy_tokens", "on_policy_temperature"], config.on_policy, "an on_policy above 0"),
+        (["preference_loss", "beta"], stage == "pd", f"stage pd, this is {stage}"),
+        (["teacher_top_k"], config.teacher_cache and kd, "a teacher_cache in d2d or d2s"),
+    ])
+    if experts:
+        own = {"num_experts": experts.num_experts, "top_k": experts.top_k, "norm_topk": experts.norm_topk,
+               "moe_layers": experts.sparse_layers}
+        for key, value in own.items():
+            wanted = sparse_layers(layer_numbers(config), experts.n_layer) if key == "moe_layers" else config[key]
+            if key in given and wanted != value:
+                raise UserError(f"{key}={config[key]}: the student {config.student} is sparse already, with {value}; leave "
+                                f"{key} out, or start from a dense student")
 
 
 def setup(config: Config, dist: Dist) -> Run | None:
@@ -583,17 +656,21 @@ def setup(config: Config, dist: Dist) -> Run | None:
         with dist.sync_errors():
             teacher = open_teacher(config, student, dtype, dist.device)
     if config.compile:
+        for layer in filter(lambda module: isinstance(module, SparseFFN), student.modules()):    # its shapes depend on the
+            layer.forward = torch.compiler.disable(layer.forward, recursive=False)               # data: only its experts
         for block in [*student.vision.blocks, *student.decoder.blocks, *(teacher.decoder.blocks if teacher else [])]:
             block.compile(dynamic=True)                              # rows have all lengths
 
     # The order of the data, and the place in it
     with dist.sync_errors():
-        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources)
+        held_out = dataset.held_out(config.val_rows)
+        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources, held_out)
         data.micro_batches(sampler.batch(0), config.micro_batch_size, dist.rank, dist.world_size)   # does it divide?
         state = None
         if state_file:
             state = resume.read_state(state_file)
             first_step = state["step"]
+        held_out = held_out_batches(rows, dataset.lengths, held_out, collate, config, dist)
     steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     for line in [*dataset.notes, *filter(None, [note]), *log.introduction(config, student, teacher, len(dataset), dist.world_size)]:
         say(line)
@@ -612,10 +689,12 @@ def setup(config: Config, dist: Dist) -> Run | None:
             resume.lock(out_dir, first_step)
             resume.go_back(out_dir, first_step)
             resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
+            if dataset.wrong:
+                write_lines(out_dir / "bad_rows.jsonl", dataset.wrong)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,
                            config.num_workers, collate, pin_memory=dist.device.type == "cuda")
-    return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, batches, first_step,
-               steps)
+    return Run(config, dist, student, teacher, cache, objective, optimizer, trainable, dataset, sampler, held_out, batches,
+               first_step, steps)
 
 
 def open_student(config: Config) -> Llava:
@@ -636,13 +715,18 @@ def open_student(config: Config) -> Llava:
 
 
 def make_sparse(student: Llava, config: Config) -> None:
+    upcycle(student, config.num_experts, config.top_k, layer_numbers(config), config.norm_topk, config.seed)
+
+
+def layer_numbers(config: Config) -> str | list[int]:
+    """moe_layers as `upcycle` takes it."""
     layers = config.moe_layers
-    if layers[:1].isdigit() or layers[:1] == "-":
-        try:
-            layers = [int(number) for number in layers.split(",")]
-        except ValueError:
-            raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
-    upcycle(student, config.num_experts, config.top_k, layers, config.norm_topk, config.seed)
+    if not (layers[:1].isdigit() or layers[:1] == "-"):
+        return layers
+    try:
+        return [int(number) for number in layers.split(",")]
+    except ValueError:
+        raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
 
 
 def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None:
@@ -657,7 +741,21 @@ def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None
 def open_rows(config: Config, student: Llava) -> RowData:
     dataset = PreferenceData if config.stage == "pd" else InstructionData
     return dataset(parse_sources(config.data), config.image_dir, student.tokenizer, student.config.template,
-                   student.config.image_tokens, student.config.vision.image_size, config.max_length)
+                   student.config.image_tokens, student.config.vision.image_size, config.max_length, config.skip_bad_rows)
+
+
+def held_out_batches(rows: torch.utils.data.Dataset, lengths: np.ndarray, held_out: np.ndarray, collate: Callable,
+                     config: Config, dist: Dist) -> list[dict]:
+    """This rank's micro-batches of the held-out rows, read once and kept; every rank has equally many."""
+    if len(held_out) % dist.world_size:
+        raise UserError(f"val_rows={len(held_out)} cannot be divided among {dist.world_size} ranks; try val_rows="
+                        f"{math.ceil(len(held_out) / dist.world_size) * dist.world_size}")
+    if not len(held_out):
+        return []
+    by_length = held_out[lengths[held_out].argsort(kind="stable")]
+    per_rank = math.ceil(len(held_out) / (dist.world_size * config.micro_batch_size))
+    groups = [group.tolist() for group in np.array_split(by_length, per_rank * dist.world_size)]
+    return list(data.prefetch(rows, groups[dist.rank::dist.world_size], collate, config.num_workers))
 
 
 def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: torch.device) -> Llava:

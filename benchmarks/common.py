@@ -25,7 +25,7 @@ LETTER_CN = "请直接回答选项字母。"
 class Question:
     id: str | int                  # copied to answers.jsonl unchanged: a number stays a number
     prompt: str                    # the question as answers.jsonl records it
-    image: Path | bytes | None     # a file, the bytes of a file (benchmarks that ship base64), or no image
+    image: Path | bytes | None | list[Path]   # a file, the bytes of a file (benchmarks that ship base64), none, several
     where: str                     # file and row, for messages
     gold: object = None            # whatever the benchmark's rule compares with
     meta: dict | None = None       # whatever else the rule needs: category, group, ...
@@ -35,6 +35,10 @@ class Question:
     def __post_init__(self):
         self.model_prompt = self.model_prompt or self.prompt
         self.key = str(self.id) if self.key is None else self.key
+
+    @property
+    def images(self) -> list[Path | bytes]:
+        return self.image if isinstance(self.image, list) else [] if self.image is None else [self.image]
 
 
 class Benchmark:
@@ -46,6 +50,7 @@ class Benchmark:
     folder = ""                    # below --data
     suffix = SHORT
     max_new_tokens = 128
+    image_hint = "check --data"    # what to do if an image is not there
 
     def __init__(self, name: str, config: Config):
         self.name, self.config, self.root = name, config, Path(config.data) / self.folder

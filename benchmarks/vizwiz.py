@@ -11,6 +11,7 @@ import json
 
 from benchmarks.common import SHORT, Benchmark, Question, mean, need
 from benchmarks.text import normalize, soft_accuracy
+from configurator import expected
 
 
 class VizWiz(Benchmark):
@@ -26,6 +27,8 @@ class VizWiz(Benchmark):
             prompt = f"{need(row, 'question', str, where)}\n{self.suffix}"
             image = self.root / "val" / need(row, "image", str, where)
             golds = [need(each, "answer", str, where) for each in need(row, "answers", list, where)]
+            if not golds:
+                raise expected(f'{where}: "answers"', golds, "ten of them")
             questions.append(Question(i, prompt, image, where, golds, row))
         return questions
 

@@ -14,29 +14,32 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from losses import TeacherReference
+
 CHUNK = {"cpu": 48, "cuda": 256}    # tokens whose softmax exists at a time: in fp32, and several times over
-PER_PRODUCT = 4                     # chunks per matrix product, in bf16: a product of few tokens is a slow one
+PER_PRODUCT = 4                     # chunks per matrix product: a product of few tokens is a slow one
 ROWS = {"cpu": 2048, "cuda": 32768}   # rows of a trained head that are cast and multiplied at a time
 
 
-def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, loss: Callable[[torch.Tensor, slice], tuple],
-                 chunk: int | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, loss: Callable[..., tuple], chunk: int | None = None,
+                 teacher: TeacherReference | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     loss(F.linear(hidden, head), slice(0, N)), a few tokens at a time: (N, D), (V, D) -> (N,) and the loss's parts by name.
 
-    `loss` gets the logits (n, V) of the tokens in a slice, and returns what is minimized (n,) and a dict of its parts to
-    report, (n,) each. Products run in autocast's dtype, where that is on.
+    `loss` gets the logits (n, V) of the tokens in a slice, that slice and, if `teacher` has hidden states and a head, its
+    logits (n, V'). It returns what is minimized (n,) and a dict of its parts to report, (n,) each. Products run in
+    autocast's dtype, where that is on.
     Raises ValueError in the backward if `head` is trainable and the tokens are not weighted alike (a plain sum): the
     head's gradient is summed over the tokens before their weights are known.
     """
-    values, parts, names = ChunkedLoss.apply(hidden, head, loss, chunk or CHUNK[hidden.device.type])
+    values, parts, names = ChunkedLoss.apply(hidden, head, loss, chunk or CHUNK[hidden.device.type], teacher)
     return values, dict(zip(names, parts))
 
 
 class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, hidden, head, loss, chunk):
+    def forward(ctx, hidden, head, loss, chunk, teacher):
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -47,19 +50,23 @@ class ChunkedLoss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:   # summed over chunks in at least fp32, whatever dtype the products have
             grad_head = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
         needs_grad = any(ctx.needs_input_grad)
+        has_logits = teacher is not None and teacher.head is not None
         with torch.autocast(device, enabled=False), torch.set_grad_enabled(needs_grad):
             for group in slices(0, len(x), PER_PRODUCT * chunk):
                 logits = head_forward(x[group], w)                                               # (g, V), in bf16
+                teacher_logits = F.linear(teacher.hidden[group], teacher.head) if has_logits else None           # (g, V')
                 for part in slices(group.start, group.stop, chunk):
-                    view = logits[part.start - group.start:part.stop - group.start]              # (n, V)
+                    within = slice(part.start - group.start, part.stop - group.start)
+                    view = logits[within]                                                        # (n, V)
                     leaf = view.detach().requires_grad_(needs_grad)
-                    value, reported = loss(leaf, part)
+                    value, reported = loss(leaf, part, *([teacher_logits[within]] if has_logits else []))
                     values.append(value.detach().clone())            # its own memory, should it be a view of the logits
                     parts.append(torch.stack(list(reported.values())).detach())
                     if needs_grad:
                         view.copy_(*torch.autograd.grad(value.sum(), leaf))      # the gradient overwrites the logits
                     names = tuple(reported)
                     del leaf, value, reported                        # free the softmax before the next chunk
+                del teacher_logits
                 if grad_hidden is not None:
                     grad_hidden[group] = head_backward(logits, w)
                 if grad_head is not None:
@@ -82,7 +89,7 @@ class ChunkedLoss(torch.autograd.Function):
             if len(grad) > 1 and grad.stride(0) != 0 and bool((grad != grad[0]).any()):
                 raise ValueError("a trainable head needs the plain sum of the token losses, not a weighted one")
             grad_head = grad_head.mul_(grad[0]).to(head_dtype)
-        return grad_hidden, grad_head, None, None
+        return grad_hidden, grad_head, None, None, None
 
 
 def slices(start: int, stop: int, size: int) -> list[slice]:

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -198,6 +198,12 @@ def no_sync(objective: nn.Module) -> AbstractContextManager:
     FSDP reduces in every micro-batch, because a rank has no room for the unsharded gradients of the model.
     """
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else nullcontext()
+
+
+def reshard(objective: nn.Module) -> None:
+    """FSDP: free what a forward pass without a backward pass has left gathered (see `apply_fsdp`)."""
+    if isinstance(objective, FSDPModule):
+        objective.reshard()
 
 
 # -----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from configurator import UserError, expected, shorten, user_file
-from data import IMAGE, TEMPLATES, load_image, parse_instruction, parse_pair, render, transform_image
+from data import IMAGE, TEMPLATES, load_image, parse_instruction, parse_pair, render, require_image, transform_image
 from engine.files import atomic
 
 
@@ -68,25 +68,32 @@ DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_rows(path: str) -> Iterator[tuple[int, int, object]]:
+def read_rows(path: str, lenient: bool = False) -> Iterator[tuple[int, int, object]]:
     """
     (byte offset, byte size, row) of each row of a .json file, which is one list and is read as a whole, or of a .jsonl
     file, which has one row per line. Blank lines, and a byte order mark at the start, do not count.
+
+    lenient: a line of a .jsonl file that is no JSON is yielded as its UserError, and the next one is read.
     """
     with user_file(path) as file:
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
-        yield from (read_lines if path.endswith(".jsonl") else read_list)(path, file)
+        yield from read_lines(path, file, lenient) if path.endswith(".jsonl") else read_list(path, file)
 
 
-def read_lines(path, file):
+def read_lines(path, file, lenient):
     offset = file.tell()
     for number, line in enumerate(file, start=1):
         text = line.decode("latin-1").rstrip(" \t\r\n")
         if text:
-            start, end, row = parse_value(path, text, 0, number)
-            if end < len(text):
-                raise malformed(path, text, skip_space(text, end), "Extra data", number)
+            try:
+                start, end, row = parse_value(path, text, 0, number)
+                if end < len(text):
+                    raise malformed(path, text, skip_space(text, end), "Extra data", number)
+            except UserError as error:
+                if not lenient:
+                    raise
+                start, end, row = 0, len(text), error
             yield offset + start, end - start, row
         offset += len(line)
 
@@ -143,16 +150,18 @@ def malformed(path, text, at, problem, line=1):
 # The index of a file
 
 # A row is usable if max_length is at least min_length: an instruction row then keeps all its image tokens and at least
-# one supervised token, a pair everything. min_length = 0: no answer, so nothing is supervised at any length.
+# one supervised token, a pair everything. min_length = 0: no answer, so nothing is supervised at any length. WRONG: the
+# row is wrong, and is left out (skip_bad_rows).
 ROW = np.dtype([("offset", "<i8"), ("size", "<i4"),  # of the row's JSON in the file, in bytes
                 ("tokens", "<i4"),  # of the whole row, image tokens included; for a pair, of its longer side
                 ("min_length", "<i4")])
+WRONG = -1
 INDEX_VERSION = 3  # raise it when these numbers are computed differently: all indexes are then built again
 
 
-def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.ndarray, dict]:
+def open_index(path: str, settings: dict, measure_row: Callable, skip_bad_rows: bool = False) -> tuple[np.ndarray, dict]:
     """
-    The index of a data file -> (its rows, what it says about the file: size, time, SHA-256).
+    The index of a data file -> (its rows, what it says about the file: size, time, SHA-256, and its wrong rows).
 
     It is FILE.<8 hex digits>.index. The digits are a digest of `settings`, on which the numbers depend: tokenizer,
     template, ... (not max_length, which is compared with min_length). A changed data file is indexed again.
@@ -167,14 +176,20 @@ def open_index(path: str, settings: dict, measure_row: Callable) -> tuple[np.nda
         except Exception as error:  # damaged bytes can fail in any way
             print(f"{index}: damaged ({' '.join(str(error).split())}); building it again", file=sys.stderr)
         else:
-            if about.items() <= saved.items():
+            if about.items() <= saved.items() and (skip_bad_rows or not saved.get("wrong")):
                 return rows, saved
-            print(f"{path}: changed since it was indexed; building its index again", file=sys.stderr)
+            reason = "changed since it was indexed" if not about.items() <= saved.items() else "had wrong rows when it was indexed"
+            print(f"{path}: {reason}; building its index again", file=sys.stderr)
 
     hint = "make the folder writable, or copy the data file into one that is"
     with atomic(index, note=hint, unique=True) as tmp:  # two machines may build the same index at once
         tmp.touch()  # where no index can be written, stop now and not after the last row
-        rows = np.fromiter(measure_rows(path, measure_row), ROW)
+        wrong = []
+        rows = np.fromiter(measure_rows(path, measure_row, wrong), ROW)
+        if wrong and not skip_bad_rows:
+            raise UserError(told(path, wrong))
+        if wrong:
+            about["wrong"] = wrong
         about["sha256"] = sha256_of_file(path)
         if not mtime_size(path).items() <= about.items():
             raise UserError(f"{path}: changed while it was being indexed; start again when it is complete")
@@ -197,24 +212,32 @@ def load_index(path):
     return np.frombuffer(body, ROW), about
 
 
-def measure_rows(path, measure_row):
-    """Yield a ROW for each row of a data file, and report the progress every few seconds. All wrong rows are one error."""
-    images, wrong, first = set(), [], ""  # images known to exist; wrong rows, and what is wrong with the first
+def measure_rows(path, measure_row, wrong):
+    """Yield a ROW for each row of a data file, and report the progress every few seconds. wrong: a list for the wrong rows,
+    [number, what is wrong]."""
+    images = set()                                                   # known to exist
     file_size, start, reported = os.path.getsize(path), time.time(), time.time()
-    for number, (offset, size, raw) in enumerate(read_rows(path)):
+    for number, (offset, size, raw) in enumerate(read_rows(path, lenient=True)):
         try:
+            if isinstance(raw, UserError):                           # a line that is no JSON
+                raise raw
             yield offset, size, *measure_row(raw, images)
         except UserError as error:
-            first = first or f"{row_name(path, number, raw)}: {error}"
-            wrong.append(number)
+            wrong.append([number, str(error) if error is raw else f"{row_name(path, number, raw)}: {error}"])
+            yield offset, size, 0, WRONG
         if time.time() - reported > 5:
             reported = time.time()
             print(f"{path}: {number + 1:,} rows indexed, {(number + 1) / (reported - start):,.0f} a second, "
                   f"{offset / file_size:.0%} of the file", file=sys.stderr)
-    if wrong[1:]:
-        first += f"; {len(wrong) - 1:,} more rows are wrong: {', '.join(map(str, wrong[1:6]))}" + ", ..." * (len(wrong) > 6)
-    if wrong:
-        raise UserError(first)
+
+
+def told(path, wrong):
+    """All wrong rows of a file in one line."""
+    (_, first), *others = wrong
+    if not others:
+        return first
+    numbers = ", ".join(str(number) for number, _ in others[:5]) + ", ..." * (len(others) > 5)
+    return f"{first} (python -m tools.check --data={path} lists all of them); {len(others):,} more rows are wrong: {numbers}"
 
 
 def row_name(path, number, raw):
@@ -245,7 +268,8 @@ class RowData(torch.utils.data.Dataset):
     """
     The usable rows of several files, read one at a time. Subclasses define the two row formats.
 
-    A row that is wrong stops everything with a UserError that names it. A valid row that is too long or has no answer
+    A row that is wrong stops everything with a UserError that names it, or with skip_bad_rows is left out and listed in
+    `wrong`, as {"file", "row", "error"}. A valid row that is too long or has no answer
     is cut or dropped, and counted in `notes`, one line per reason, to be printed.
 
     lengths      tokens of each row, image tokens included; for a pair, of its longer side
@@ -257,7 +281,7 @@ class RowData(torch.utils.data.Dataset):
     why_dropped: str
 
     def __init__(self, files: list[tuple[str, float]], image_dir: str, tokenizer: Tokenizer, template: str,
-                 image_tokens: int, image_size: int, max_length: int):
+                 image_tokens: int, image_size: int, max_length: int, skip_bad_rows: bool = False):
         self.image_dir, self.tokenizer, self.template = image_dir, tokenizer, template
         self.image_tokens, self.image_size, self.max_length = image_tokens, image_size, max_length
         self.paths = [path for path, _ in files]
@@ -265,8 +289,11 @@ class RowData(torch.utils.data.Dataset):
                     "template": [template, TEMPLATES.get(template)], "image_tokens": image_tokens}
         # An index also says that the images exist, in one folder; the data is the same with its images in another.
         index_settings = {**settings, "image_dir": os.path.abspath(image_dir)}
-        indexes, self.abouts = zip(*[open_index(path, index_settings, self.measure_row) for path in self.paths])
-        self.fingerprint = digest([settings, max_length, [about["sha256"] for about in self.abouts]])
+        indexes, self.abouts = zip(*[open_index(path, index_settings, self.measure_row, skip_bad_rows) for path in self.paths])
+        self.wrong = [{"file": path, "row": number, "error": error} for path, about in zip(self.paths, self.abouts)
+                      for number, error in about.get("wrong", [])]
+        left_out = [[i, number] for i, about in enumerate(self.abouts) for number, _ in about.get("wrong", [])]
+        self.fingerprint = digest([settings, max_length, [about["sha256"] for about in self.abouts], *[left_out] * bool(left_out)])
 
         self.index = np.concatenate(indexes)
         self.starts = np.cumsum([0, *map(len, indexes)])  # where each file begins in it
@@ -278,9 +305,12 @@ class RowData(torch.utils.data.Dataset):
     def usable_rows(self):
         """The numbers of the rows that can be used at max_length; sets `notes`."""
         no_answer, too_long = self.index["min_length"] == 0, self.index["min_length"] > self.max_length
-        usable = ~(no_answer | too_long)
+        usable = ~(no_answer | too_long | (self.index["min_length"] == WRONG))
         cut = usable & (self.index["tokens"] > self.max_length)
         self.notes = []
+        if self.wrong:
+            self.notes.append(f"{len(self.wrong):,} of {len(cut):,} rows are wrong and left out, since skip_bad_rows is set "
+                              f"(first: {self.wrong[0]['error']})")
         if cut.any() or too_long.any():
             first = self.name(np.argmax(too_long if too_long.any() else cut))
             self.notes.append(f"{(cut | too_long).sum():,} of {len(cut):,} rows are longer than "
@@ -300,14 +330,21 @@ class RowData(torch.utils.data.Dataset):
         tokens, min_lengths = zip(*[measure(conversation, self.tokenizer, self.template, self.image_tokens)
                                     for conversation in conversations])
         for name in names:  # whether an image can be decoded shows when it is read
-            path = os.path.join(self.image_dir, name)
-            if path not in images and not os.path.isfile(path):
-                found = " as a file" if os.path.exists(path) else ""
-                raise UserError(f"image {path!r} does not exist{found}; check image_dir and the name")
-            images.add(path)
+            require_image(os.path.join(self.image_dir, name), images)
         if 0 in min_lengths:
             return max(tokens), 0
         return max(tokens), max(min_lengths if self.can_be_cut else tokens)
+
+    def held_out(self, count: int) -> np.ndarray:
+        """`count` rows to measure the loss on instead of training on them, (count,) row numbers in order.
+
+        They follow from the content of the files alone: the same in every run, on every rank.
+        """
+        if count >= len(self):
+            raise UserError(f"val_rows={count}, but there are only {len(self):,} rows in all; hold out fewer")
+        draws = [np.random.default_rng(int(about["sha256"][:16], 16)).random(stop - start)
+                 for about, start, stop in zip(self.abouts, self.starts, self.starts[1:])]
+        return np.sort(np.concatenate(draws)[self.kept].argsort(kind="stable")[:count])
 
     def locate(self, row):
         """A row of the index -> (its file, its number in that file)."""

@@ -1,7 +1,9 @@
 """
-What a training run says: the lines before the first step, a record per step for log.jsonl, the same on the screen, and
-what it says when a loss is not a number.
+What a training run says: the lines before the first step, a record per step for log.jsonl, their means on the screen,
+warnings, and what it says when a loss is not a number.
 """
+import statistics
+
 import torch
 from torch import nn
 
@@ -10,14 +12,20 @@ from engine.distributed import Dist, local
 from model import Llava
 
 
+WINDOW = 20          # steps that a warning looks at: one batch says little, since batches are sorted by length
+IDLE = 0.01          # an expert with less than this share of its layer's tokens is nearly unused
+
+
 def introduction(config: Config, student: Llava, teacher: Llava | None, rows: int, world_size: int) -> list[str]:
     """What is trained, on what, against which teacher."""
     counts = student.count_parameters()
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     lines = [f"stage {config.stage}: {counts['vision'] + counts['adaptor'] + counts['decoder']:,} parameters "
              f"(decoder {counts['decoder']:,}, {counts['decoder_active']:,} active per token), {trainable:,} trainable",
-             f"{rows:,} rows, {config.batch_size} a step = {world_size} ranks x "
+             f"{rows - config.val_rows:,} rows, {config.batch_size} a step = {world_size} ranks x "
              f"{config.batch_size // (config.micro_batch_size * world_size)} micro-batches x {config.micro_batch_size}"]
+    if config.val_rows:
+        lines += [f"{config.val_rows:,} rows are held out: the loss is measured on them, and they are never trained on"]
     if config.teacher_cache:
         lines += [f"teacher: its outputs are read from {config.teacher_cache}"]
     elif teacher is not None:
@@ -48,14 +56,62 @@ def answers(total: dict[str, int], seconds: float) -> dict:
             "unfinished": total["unfinished"], "generation_s": round(seconds, 4)}
 
 
-def line(record: dict, steps: int, seconds_per_step: float) -> str:
-    """A record on the screen: everything between "loss" and "lr" is a part of the loss."""
-    names = list(record)
-    parts = names[names.index("loss") + 1:names.index("lr")]
-    left = seconds_per_step * (steps - record["step"])
-    return "  ".join([f"step {record['step']}/{steps}", f"loss {record['loss']:.4f}",
-                      *[f"{name} {record[name]:.4f}" for name in parts], f"lr {record['lr']:.2e}",
-                      f"grad {record['grad_norm']:.3f}", f"{record['tokens_per_s']:,} tok/s", f"{left / 60:.1f} min left"])
+def line(records: list[dict], steps: int, seconds_per_step: float) -> str:
+    """The means of several records on the screen: everything between "loss" and "lr" is a part of the loss."""
+    last, values = records[-1], {}
+    for record in records:
+        names = list(record)
+        for name in names[names.index("loss"):names.index("lr")]:
+            values.setdefault(name, []).append(record[name])
+    speed = sum(record["tokens"] for record in records) / sum(record["seconds"] for record in records)
+    grad_norm = statistics.fmean(record["grad_norm"] for record in records)
+    left = seconds_per_step * (steps - last["step"])
+    return "  ".join([f"step {last['step']}/{steps}", *[f"{name} {statistics.fmean(numbers):.4f}" for name, numbers in values.items()],
+                      f"lr {last['lr']:.2e}", f"grad {grad_norm:.3f}", f"{speed:,.0f} tok/s", f"{left / 60:.1f} min left"])
+
+
+def held_out_line(record: dict, steps: int) -> str:
+    numbers = [f"{name.removeprefix('val_')} {value:.4f}" for name, value in record.items() if name.startswith("val_")]
+    return "  ".join([f"step {record['step']}/{steps} on held-out rows:", *numbers])
+
+
+class Warnings:
+    """Looks at every WINDOW steps, and says once what goes wrong: a loss above its start, an expert that gets no tokens.
+
+    first: the losses of the run's first steps, as far as they are known already. layers: the numbers of the sparse layers.
+    """
+
+    def __init__(self, first: list[float], layers: list[int]):
+        self.first, self.layers = first, layers
+        self.losses, self.counts = [], 0
+        self.has_risen, self.idle = False, set()
+
+    def after(self, record: dict, parts: dict[str, torch.Tensor]) -> list[str]:
+        """The warnings after a step; mostly none."""
+        self.losses.append(record["loss"])
+        if len(self.first) < WINDOW:
+            self.first.append(record["loss"])
+        self.counts = self.counts + parts["counts"].sum(1) if "counts" in parts else 0           # (layers, E)
+        if len(self.losses) < WINDOW:
+            return []
+        lines, when = [], f"warning: steps {record['step'] - WINDOW + 1} to {record['step']}:"
+        # More than a standard deviation: means of 20 steps that differ by chance differ by a third of that.
+        mean, start, spread = (f(x) for f, x in [(statistics.fmean, self.losses), (statistics.fmean, self.first),
+                                                 (statistics.stdev, self.first)])
+        has_risen = mean > start + spread
+        if has_risen and not self.has_risen:
+            lines.append(f"{when} the mean loss is {mean:.4f}, above the {start:.4f} of the first {WINDOW} steps; is the "
+                         "learning rate too high, or the data sorted?")
+        idle = set()
+        if "counts" in parts:
+            load = self.counts / self.counts.sum(1, keepdim=True)
+            idle = {(layer, expert) for layer, shares in zip(self.layers, load.tolist())
+                    for expert, share in enumerate(shares) if share < IDLE}
+        if idle - self.idle:
+            names = [f"layer {layer} expert {expert}" for layer, expert in sorted(idle - self.idle)]
+            lines.append(f"{when} less than {IDLE:.0%} of the tokens go to {some(names)}; a larger balance_coef spreads them")
+        self.losses, self.counts, self.has_risen, self.idle = [], 0, has_risen, idle
+        return lines
 
 
 def not_finite(step: int, loss: float, grad_norm: float, parts: dict[str, torch.Tensor], trainable: dict[str, nn.Parameter],

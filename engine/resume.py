@@ -245,6 +245,14 @@ def finish(out_dir: Path) -> None:
         write_json(out_dir / "run.json", read_run(out_dir) | {"finished": True})
 
 
+def first_losses(out_dir: Path, count: int) -> list[float]:
+    """Of the first steps in the log."""
+    path = out_dir / "log.jsonl"
+    with disk_errors(path):
+        lines = path.read_text().splitlines()[:count] if path.is_file() else []
+    return [json.loads(line)["loss"] for line in lines]
+
+
 def append_log(out_dir: Path, record: dict) -> None:
     path, line = out_dir / "log.jsonl", json.dumps(record) + "\n"
     with disk_errors(path, len(line), last_state(out_dir)), open(path, "a") as log:

@@ -20,6 +20,7 @@ import evaluate
 from benchmarks import judge
 from benchmarks.common import LETTER, LETTER_CN, SHORT
 from configurator import run
+from data import pad_right
 
 
 def shell(argv):
@@ -290,11 +291,16 @@ class Scripted:
             asked = prompt.split("USER: ")[1].removesuffix(" ASSISTANT:").replace("<image>" * 4, "<image>")
             self.asked.append(asked)
             replies.append(self.tokenizer.encode(f" {self.script[asked]} ").ids[:max_new_tokens] + [256])
-        images = sum(asked.startswith("<image>") for asked in self.asked[-len(replies):])
+        images = (input_ids == 257).sum().item() // 4
         assert (0 if pixel_values is None else len(pixel_values)) == images
         self.pixels.append(pixel_values)
         longest = max(map(len, replies))
         return torch.tensor([reply + [258] * (longest - len(reply)) for reply in replies])
+
+
+def generate_plainly(model, prompts, images, pixels, max_new_tokens):
+    stacked = [pixels[name] for names in images for name in names]
+    return model.generate(pad_right(prompts, 258), torch.stack(stacked) if stacked else None, max_new_tokens)
 
 
 @pytest.fixture
@@ -306,6 +312,7 @@ def scripted(monkeypatch, tmp_path):
     def answer(script, *flags):
         model = Scripted(script)
         monkeypatch.setattr(evaluate.Llava, "from_pretrained", lambda path, dtype, device: model)
+        monkeypatch.setattr(evaluate.prefix, "generate", generate_plainly)     # tests/test_prefix.py has the real one
         code = shell([f"--model={tmp_path / 'checkpoint'}", "--device=cpu", "--batch_size=2", *flags])
         return code, model
     return answer
@@ -453,6 +460,7 @@ def test_without_a_padding_token_rows_go_one_by_one(tmp_path, monkeypatch):
     model = Scripted({asked: row["text"] for asked, row in answers})
     model.config.pad_token_id = None
     monkeypatch.setattr(evaluate.Llava, "from_pretrained", lambda path, dtype, device: model)
+    monkeypatch.setattr(evaluate.prefix, "generate", generate_plainly)
     assert shell([f"--model={tmp_path / 'checkpoint'}", "--device=cpu", *flags("gqa", tmp_path)]) == 0
     assert [len(pixels) for pixels in model.pixels] == [1] * 5
     assert results(tmp_path)["gqa"]["accuracy"] == expected["accuracy"]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from engine import chunked
 from engine.chunked import chunked_loss
-from losses import (TOKEN_LOSSES, TeacherReference, affinity_mse, cross_entropy, distillation, dpo, forward_kl, hidden_mse, hinge,
-                    ipo, jsd, kto_pair, merge_tail, mse_standardized, relation_cosine, reverse_kl, standardize)
+from losses import (TOKEN_LOSSES, TeacherReference, affinity_mse, cached_distillation, cross_entropy, distillation, dpo,
+                    forward_kl, hidden_mse, hinge, ipo, jsd, kto_pair, merge_tail, mse_standardized, relation_cosine,
+                    reverse_kl, standardize)
 
 
 def softmax(row):
@@ -234,18 +235,17 @@ def test_reverse_kl_from_a_cache_has_no_exit_through_the_tail():
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("temperature, z_scores", [(1.0, False), (2.0, False), (0.5, True)])
 def test_distillation_softens_both_sides_and_keeps_the_gradients_size(name, temperature, z_scores):
-    """loss(logits / T) T², after z-scores where asked for; the teacher's logits from its states and head, or its top k."""
-    student, hidden, head = torch.randn(5, 9).double().requires_grad_(), torch.randn(5, 4).double(), torch.randn(11, 4).double()
-    teacher = (hidden @ head.T)[:, :9]
+    """loss(logits / T) T², after z-scores where asked for; from the teacher's logits, or its top k."""
+    student, padded = torch.randn(5, 9).double().requires_grad_(), torch.randn(5, 11).double()
+    teacher = padded[:, :9]
     soft = lambda row: torch.stack(loop_z(row)) / temperature if z_scores else row / temperature
     slow = lambda: torch.stack([temperature ** 2 * LOOPS[name](soft(s), soft(t)) for s, t in zip(student, teacher)])[1:4]
-    reference = TeacherReference(hidden=hidden, head=head)
     settings = dict(kd_loss=name, temperature=temperature, z_scores=z_scores)
-    assert_same_value_and_gradient(lambda: distillation(student[1:4], reference, slice(1, 4), **settings), slow, student)
+    assert_same_value_and_gradient(lambda: distillation(student[1:4], padded[1:4], **settings), slow, student)
     if name != "mse":                                                # V = 9 tokens: nothing is cut off
         ids, top, tail = top_k_of(torch.stack([soft(row) for row in teacher]), 9)
         cached = TeacherReference(top_ids=ids, top_logprobs=top, tail_logprob=tail, vocab_size=9)
-        assert_same_value_and_gradient(lambda: distillation(student[1:4], cached, slice(1, 4), **settings), slow, student)
+        assert_same_value_and_gradient(lambda: cached_distillation(student[1:4], cached, slice(1, 4), **settings), slow, student)
 
 
 # -----------------------------------------------------------------------------
@@ -331,8 +331,8 @@ def objectives(targets, teacher_hidden, teacher_weight):
         return each, {"logprob": each}
 
     def distil(name):
-        def loss(logits, part):
-            each = distillation(logits, TeacherReference(hidden=teacher_hidden, head=teacher_weight), part, name, 1.5)
+        def loss(logits, part, teacher_logits):
+            each = distillation(logits, teacher_logits, name, 1.5)
             return each, {"kd": each}
         return loss
 
@@ -341,7 +341,7 @@ def objectives(targets, teacher_hidden, teacher_weight):
         reference = TeacherReference(top_ids=ids, top_logprobs=top, tail_logprob=tail, vocab_size=17)
 
         def loss(logits, part):
-            each = distillation(logits, reference, part, name)
+            each = cached_distillation(logits, reference, part, name)
             return each, {"kd": each}
         return loss
 
@@ -361,7 +361,9 @@ def test_chunks_equal_the_plain_formula(name, chunk, trained, monkeypatch):
     embedding = torch.randn(V, D).double().requires_grad_(trained)
     ids, targets = torch.randint(V, (N,)), torch.randint(V, (N,))
     mix = torch.randn(N, N).double().requires_grad_()                # so that something upstream gets a gradient
-    loss = objectives(targets, torch.randn(N, 4).double(), torch.randn(V + 3, 4).double())[name]
+    teacher = TeacherReference(hidden=torch.randn(N, 4).double(), head=torch.randn(V + 3, 4).double())
+    loss = objectives(targets, teacher.hidden, teacher.head)[name]
+    given = [teacher] if name in LOOPS else []                       # these get the teacher's logits from chunked_loss
 
     def run(by):
         hidden = mix @ embedding[ids]
@@ -369,8 +371,9 @@ def test_chunks_equal_the_plain_formula(name, chunk, trained, monkeypatch):
         grads = torch.autograd.grad(2.5 * values.sum(), [mix] + [embedding] * trained)
         return values, terms, *grads
 
-    plain = run(lambda hidden, weight: loss(F.linear(hidden, weight), slice(0, N)))
-    by_chunks = run(lambda hidden, weight: chunked_loss(hidden, weight, loss, chunk))
+    teacher_logits = [F.linear(each.hidden, each.head) for each in given]
+    plain = run(lambda hidden, weight: loss(F.linear(hidden, weight), slice(0, N), *teacher_logits))
+    by_chunks = run(lambda hidden, weight: chunked_loss(hidden, weight, loss, chunk, *given))
     tolerance = 1e-8 if name.startswith("cached") else 1e-12         # log(1 - mass of the top k) magnifies rounding
     for a, b in zip(by_chunks, plain, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)      # the parts by name, too
@@ -424,9 +427,14 @@ def test_chunks_never_hold_the_logits_of_all_tokens(trained, monkeypatch):
 
     monkeypatch.setattr(chunked, "ROWS", {"cpu": 300})
     hidden, weight = torch.randn(64, 3, requires_grad=True), torch.randn(1000, 3, requires_grad=trained)
-    loss = objectives(torch.randint(1000, (64,)), torch.randn(64, 3), torch.randn(1000, 3))["both"]
+    teacher = TeacherReference(hidden=torch.randn(64, 3), head=torch.randn(1000, 3))
+
+    def loss(logits, part, teacher_logits):
+        each = distillation(logits, teacher_logits)
+        return each, {"kd": each}
+
     with Largest() as largest:
-        chunked_loss(hidden, weight, loss, 4)[0].sum().backward()
+        chunked_loss(hidden, weight, loss, 4, teacher)[0].sum().backward()
     assert largest.rows == 4 * chunked.PER_PRODUCT < len(hidden)
 
 

@@ -91,16 +91,16 @@ def test_waits_are_counted(what):
 # -----------------------------------------------------------------------------
 # Runs
 
-SHORT = dict(device="cuda", batch_size=2, micro_batch_size=1, max_steps=1, on_policy_tokens=3)
+SHORT = dict(device="cuda", batch_size=2, micro_batch_size=1, max_steps=1)
 RUNS = {   # together every stage, dtype, signal and switch
     "align": ("align", {}),
     "sft": ("sft", dict(checkpointing=True, dtype="bfloat16", grad_clip=0.5)),
     "d2d": ("d2d", dict(dtype="bfloat16", kd_tokens="all", kd_standardize=True, hidden_weight=1.0, hidden_tokens="all", ce_weight=1.0)),
-    "d2d on-policy": ("d2d", dict(on_policy=1.0, kd_loss="reverse", kd_temperature=2.0)),
+    "d2d on-policy": ("d2d", dict(on_policy=1.0, on_policy_tokens=3, kd_loss="reverse", kd_temperature=2.0)),
     "d2s": ("d2s", dict(dtype="bfloat16", checkpointing=True)),
     "d2s features": ("d2s", dict(affinity_weight=1.0, relation_weight=1.0, kd_loss="jsd", kd_tokens="response+image")),
     "d2s top 1": ("d2s", dict(top_k=1, kd_loss="mse", kd_shift="late", train_dense_ffn=True)),
-    "d2s on-policy": ("d2s", dict(on_policy=1.0, hidden_weight=1.0)),
+    "d2s on-policy": ("d2s", dict(on_policy=1.0, on_policy_tokens=3, hidden_weight=1.0)),
     "d2s alone": ("d2s", dict(teacher="", kd_weight=0.0, norm_topk=False, dtype="bfloat16")),
     "pd": ("pd", dict(dtype="bfloat16", batch_size=2, micro_batch_size=2)),
     "pd kto": ("pd", dict(preference_loss="kto_pair", micro_batch_size=2)),
@@ -137,7 +137,7 @@ def resume(world, folder):
 def cache(world, folder, stage="d2s"):
     """The run that fills the cache, and one that reads it."""
     for name in ("fills", "reads"):
-        more = dict(teacher_cache=folder / "cache", teacher_top_k=4, micro_batch_size=2)
+        more = dict(teacher_cache=folder / "cache", micro_batch_size=2) | (dict(teacher_top_k=4) if stage == "d2s" else {})
         train.main(flags(world, stage, folder / name, **SHORT | more))
 
 
@@ -179,9 +179,11 @@ FAULTS = [
     (model, "rope_angles", "device=positions.device", "", lambda *at: stage(*at, "align")),
     (model, "valid_positions", "device=input_ids.device", "", generate),
     (Llava, "stream", "torch.tensor(ends, dtype=torch.long, device=input_ids.device)", "torch.tensor(ends, dtype=torch.long)", generate),
-    (model.KVCache, "__init__", "self.v = torch.zeros(shape, dtype=dtype, device=row_lengths.device)",
-     "self.v = torch.zeros(shape, dtype=dtype)", generate),
-    (model.KVCache, "start_token", "device=self.row_lengths.device", "", generate),
+    (Llava, "stream", "torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)",
+     "torch.zeros(len(input_ids), dtype=torch.bool)", generate),
+    (model.KVCache, "__init__", "torch.zeros(rows, dtype=torch.long, device=device)", "torch.zeros(rows, dtype=torch.long)", generate),
+    (model.KVCache, "start_pass", "torch.arange(T, device=self.k.device)", "torch.arange(T)", generate),
+    (model.KVCache, "start_pass", "torch.arange(self.length, device=self.k.device)", "torch.arange(self.length)", generate),
     (model.KVCache, "append", "device=k.device", "", generate),
     (moe.SparseFFN, "forward", ", device=assigned.device", "", generate),
     (moe.SparseFFN, "forward", "torch.zeros_like(x_BTD)", "torch.zeros(x_BTD.shape)", lambda *at: stage(*at, "pd", micro_batch_size=2)),
@@ -203,9 +205,9 @@ FAULTS = [
      "shard(adam[name][key], parameter).clone()", resume),
     (distributed, "restore", ".to(parameter.device, copy=True)", ".clone()", resume),
     (on_policy, "sample_answers", "torch.from_numpy(uniforms).to(device)", "torch.from_numpy(uniforms)",
-     lambda *at: stage(*at, "d2d", on_policy=1.0)),
+     lambda *at: stage(*at, "d2d", on_policy=1.0, on_policy_tokens=3)),
     (on_policy, "sample_answers", "pad_right(prompts, pad_id).to(device)", "pad_right(prompts, pad_id)",
-     lambda *at: stage(*at, "d2d", on_policy=1.0)),
+     lambda *at: stage(*at, "d2d", on_policy=1.0, on_policy_tokens=3)),
 ]
 
 

@@ -5,6 +5,7 @@ interrupted run ends where an uninterrupted one does.
     python -m pytest tests/test_train.py
 """
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,20 @@ BAD_SETTINGS = [
     (dict(top_k=5), "top_k=5 must lie between 1 and num_experts=4"),
     (dict(preference_loss="dpo"), "expected one of sigmoid"),
     (dict(vision="clip"), "give either student"),
+    # what would be ignored
+    (dict(epochs=4), "epochs=4 and max_steps=4 both say how long to train"),
+    (dict(stage="sft", teacher="", kd_tokens="all"), "kd_tokens=all: belongs to d2d and d2s with a teacher and a kd_weight"),
+    (dict(kd_weight=0.0, teacher="", kd_loss="reverse"), "kd_loss=reverse: belongs to d2d and d2s with a teacher"),
+    (dict(stage="d2d", beta=0.2), "beta=0.2: belongs to stage pd, this is d2d"),
+    (dict(stage="d2d", num_experts=8), "num_experts=8: belongs to stage d2s, which makes a student sparse"),
+    (dict(stage="align", teacher="", balance_coef=0.1), "balance_coef=0.1: belongs to a sparse student"),
+    (dict(stage="sft", teacher="", train_dense_ffn=True), "train_dense_ffn=True: belongs to the stages d2s and pd"),
+    (dict(stage="pd", ce_weight=0.5), "ce_weight=0.5: belongs to the other stages, this is pd"),
+    (dict(jsd_beta=0.3), "jsd_beta=0.3: belongs to kd_loss=jsd"),
+    (dict(hidden_tokens="all"), "hidden_tokens=all: belongs to a hidden_weight above 0"),
+    (dict(on_policy_tokens=9), "on_policy_tokens=9: belongs to an on_policy above 0"),
+    (dict(teacher_top_k=9), "teacher_top_k=9: belongs to a teacher_cache"),
+    (dict(template="chatml"), "template=chatml: belongs to a new model"),
 ]
 
 
@@ -263,6 +278,29 @@ def test_bad_settings_end_in_one_line(world, tmp_path, change, message):
         train.main(flags(world, **(dict(stage="d2s", out_dir=tmp_path / "out") | change)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["d2s", "pd", "sft"])
+def test_a_sparse_student_keeps_its_experts(world, tmp_path, stage):
+    """It has 4 experts, 2 active, in layers 0 and 2. To ask for the same is no mistake, to ask for others is."""
+    def run_with(**more):
+        teacher = {} if stage == "sft" else {"teacher": world / "teacher"}
+        train.main(flags(world, stage, tmp_path / "out", student=world / "sparse", max_steps=1, **teacher, **more))
+    for key, value, own in [("num_experts", 8, "4"), ("num_experts", 3, "4"), ("top_k", 1, "2"), ("norm_topk", False, "True"),
+                            ("moe_layers", "all", "[0, 2]"), ("moe_layers", "1", "[0, 2]")]:
+        with pytest.raises(UserError, match=f"{key}={value}: the student .* is sparse already, with {re.escape(own)}"):
+            run_with(**{key: value})
+    assert not (tmp_path / "out").exists()
+    run_with(num_experts=4, top_k=2, moe_layers="0,2", norm_topk=True, balance_coef=0.02)
+
+
+def test_a_config_files_steps_and_a_flags_epochs(world, tmp_path):
+    (tmp_path / "a.py").write_text("max_steps = 18750\n")
+    settings = [str(tmp_path / "a.py"), *flags(world, "sft", tmp_path / "out", epochs=1)]
+    settings.remove("--max_steps=4")
+    with pytest.raises(UserError, match="epochs=1 and max_steps=18750 both say how long to train"):
+        train.configure(settings)
+    assert train.configure([*settings, "--max_steps=0"]).epochs == 1
 
 
 def test_bad_settings_exit_with_2_and_one_line(world, tmp_path):

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
-from data import IMAGE, image_names, load_image, pad_right, parse_instruction, render, transform_image
+from data import (IMAGE, image_names, llava_row, load_image, pad_right, parse_instruction, render, require_image,
+                  transform_image)
 from engine.distributed import Dist, init_distributed
 from engine.files import digest_of_folder, disk_errors, read_json, write_json, write_lines
 from engine.hf import describe_llava, require_tokenizer
@@ -102,12 +103,11 @@ def read_data(config: Config) -> list[dict]:
     rows, images = [], set()                                         # images known to exist
     for number, (_, _, row) in enumerate(read_rows(config.data)):
         try:
+            row = llava_row(row)
             names, _ = parse_instruction(row)
             json.dumps(row, ensure_ascii=False).encode()             # half a surrogate pair cannot be written
-            for path in [os.path.join(config.image_dir, name) for name in names]:
-                if path not in images and not os.path.isfile(path):
-                    raise UserError(f"image {path!r} does not exist; check image_dir and the name")
-                images.add(path)
+            for name in names:
+                require_image(os.path.join(config.image_dir, name), images)
         except (UserError, UnicodeEncodeError) as error:
             raise UserError(f"{row_name(config.data, number, row)}: {error}") from None
         rows.append(row)

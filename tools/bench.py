@@ -11,6 +11,7 @@ Speed and memory of this code next to what a user would otherwise run, as ratios
     step       an optimizer step of d2s and pd             the same step with transformers and full logits
     signals    a step of d2d with one more signal          the step with the KL alone
     generate   greedy answers                              transformers' generate
+    evaluate   short questions about one image             transformers' generate; ours without the shared prefix
     data       images to pixels; padding                   transformers' processor; rows in random order
     cache      a step of d2s from the teacher cache        the step with the teacher; the KL of all tokens
 
@@ -46,6 +47,7 @@ import data
 import losses
 import train
 from configurator import POSITIVE, Config, UserError, check_values, expected, load_config, run
+from engine import prefix
 from engine.chunked import chunked_loss
 from engine.distributed import Dist, parallelize
 from engine.files import write_json
@@ -69,6 +71,7 @@ DEFAULTS = dict(
     repeats=7,                  # rounds of every timing
     quick=False,                # toy sizes
     device="",                  # cpu | cuda; empty: cuda if there is one
+    dtype="",                   # bfloat16 | float32, of loss, step, signals and cache; empty: bfloat16, as in training
     out="bench.json",
     memory="",                  # CASE,SIDE: measure the memory of this alone, ...
     folder="",                  # ... with the checkpoints in this folder. This is how the program calls itself
@@ -78,21 +81,24 @@ IMAGE_ID = 151646
 
 qwen2, qwen15 = DECODERS["Qwen/Qwen2-0.5B"], DECODERS["Qwen/Qwen1.5-1.8B"]
 REAL = {
-    "loss": dict(tokens=1024, vocab=151936, student=896, teacher=3584),
+    "loss": dict(tokens=1024, vocab=151936, student=896, teacher=3584, dtype="bfloat16"),
     "moe": dict(tokens=2048, width=896, n_ffn=4864),
     "step": dict(student=replace(qwen2, n_layer=8), teacher=replace(qwen15, n_layer=8), vision=VisionConfig(n_layer=4),
                  rows=2, prompt=0, response=128, dtype="bfloat16"),
     "generate": dict(student=replace(qwen2, n_layer=4), vision=VisionConfig(n_layer=2), rows=16, prompt=32, response=0,
                      new=64),
+    "evaluate": dict(student=replace(qwen2, n_layer=8), vision=VisionConfig(n_layer=4), system=35, question=(8, 24),
+                     questions=[10, 31], new=8),
     "data": dict(images=64, side=336, rows=100_000),
 }
 small, small_vision = DecoderConfig(151_656, 32, 2, 4, 2, 48, tied=True), VisionConfig(28, 14, 32, 2, 4, 64)
 QUICK = {
-    "loss": dict(tokens=24, vocab=515, student=16, teacher=32),
+    "loss": dict(tokens=24, vocab=515, student=16, teacher=32, dtype="bfloat16"),
     "moe": dict(tokens=48, width=32, n_ffn=64),
     "step": dict(student=small, teacher=replace(small, n_embd=48, n_ffn=64, tied=False), vision=small_vision,
                  rows=2, prompt=0, response=6, dtype="float32"),
     "generate": dict(student=small, vision=small_vision, rows=3, prompt=6, response=0, new=6),
+    "evaluate": dict(student=small, vision=small_vision, system=3, question=(2, 5), questions=[3], new=3),
     "data": dict(images=6, side=56, rows=2_000),
 }
 for sizes, half in (REAL, 64), (QUICK, 3):
@@ -100,14 +106,20 @@ for sizes, half in (REAL, 64), (QUICK, 3):
     sizes["signals"] = sizes["step"] | dict(prompt=half, response=half)
 
 
+def size_of(section: str, options: Config) -> dict:
+    size = (QUICK if options.quick else REAL)[section]
+    return size | {"dtype": options.dtype} if options.dtype and "dtype" in size else size
+
+
 # -----------------------------------------------------------------------------
 # Memory is measured in a process of its own: this program, with --memory
 
 def measure_memory(section: str, case: str, side: str, options: Config) -> dict[str, int]:
     """Peak bytes of one run, "above" what was held before it and in "total". What is allocated once does not count."""
-    size = (QUICK if options.quick else REAL)[section]
+    size = size_of(section, options)
     if section == "loss":
-        CASES[section](case, side, QUICK[section], options)()        # what libraries allocate, ...
+        toy = size_of(section, Config(options, quick=True))
+        CASES[section](case, side, toy, options)()                   # what libraries allocate, ...
     run_once = CASES[section](case, side, size, options)
     if section != "loss":
         run_once()                                                   # ... and Adam's moments
@@ -118,7 +130,7 @@ def peak_memory(section: str, case: str, side: str, options: Config) -> dict[str
     if options.quick:                                                # means nothing then: no process is started
         return measure_memory(section, case, side, options)
     command = [sys.executable, "-m", "tools.bench", f"--sections={section}", f"--memory={case},{side}",
-               f"--device={options.device}", f"--folder={options.folder}"]
+               f"--device={options.device}", f"--dtype={options.dtype}", f"--folder={options.folder}"]
     output = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | MEMORY_ENV, check=True,
                             stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -139,8 +151,8 @@ LOSSES = ["forward frozen", "forward trained", "reverse frozen", "jsd frozen", "
 
 def our_loss(what, hidden, head, teacher, targets) -> torch.Tensor:
     """The values of `plain_loss`, from chunked_loss as train.py uses it."""
-    loss = partial(chunk_loss, what=what, teacher=teacher, targets=targets)
-    each, _ = chunked_loss(hidden, head, loss)
+    loss = partial(chunk_loss, what=what, targets=targets)
+    each, _ = chunked_loss(hidden, head, loss, teacher=teacher if what in losses.TOKEN_LOSSES else None)
     if what == "logp":
         with torch.no_grad():
             reference, _ = chunked_loss(teacher.hidden, teacher.head, loss)
@@ -148,9 +160,9 @@ def our_loss(what, hidden, head, teacher, targets) -> torch.Tensor:
     return each
 
 
-def chunk_loss(logits: torch.Tensor, chunk: slice, what, teacher, targets) -> tuple[torch.Tensor, dict]:
-    if what in losses.TOKEN_LOSSES:
-        each = losses.distillation(logits, teacher, chunk, what)
+def chunk_loss(logits: torch.Tensor, chunk: slice, teacher_logits=None, *, what, targets) -> tuple[torch.Tensor, dict]:
+    if teacher_logits is not None:
+        each = losses.distillation(logits, teacher_logits, what)
     else:
         each = losses.cross_entropy(logits, targets[chunk])
     return each, {what: each}
@@ -173,17 +185,18 @@ def loss_case(case: str, side: str, size: dict, options: Config) -> Callable:
     torch.manual_seed(0)
     draw = partial(torch.randn, device=options.device)
     N, V, D, Dt = size["tokens"], size["vocab"], size["student"], size["teacher"]
-    # A trained student (d2d) keeps weights and residual stream in fp32, a frozen head (d2s, pd) is in bf16.
-    dtype = torch.float32 if kind == "trained" else torch.bfloat16
-    hidden, head = draw(N, D).to(dtype).requires_grad_(), (draw(V, D) * 2 / D ** 0.5).to(dtype)
+    dtype = getattr(torch, size["dtype"])
+    # A trained student (d2d) keeps weights and residual stream in fp32, a frozen head (d2s, pd) is in `dtype`.
+    own = torch.float32 if kind == "trained" else dtype
+    hidden, head = draw(N, D).to(own).requires_grad_(), (draw(V, D) * 2 / D ** 0.5).to(own)
     head.requires_grad_(kind == "trained")
-    teacher = TeacherReference(hidden=draw(N, Dt).bfloat16(), head=(draw(V, Dt) * 2 / Dt ** 0.5).bfloat16())
+    teacher = TeacherReference(hidden=draw(N, Dt).to(dtype), head=(draw(V, Dt) * 2 / Dt ** 0.5).to(dtype))
     targets = torch.randint(V, (N,), device=options.device)
     compute = our_loss if side == "ours" else plain_loss
 
     def run_once() -> list[torch.Tensor]:
         hidden.grad = head.grad = None
-        with torch.autocast(options.device, torch.bfloat16):
+        with torch.autocast(options.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             each = compute(what, hidden, head, teacher, targets)
             (each.sum() / N).backward()
         return [each.detach(), hidden.grad] + [head.grad] * head.requires_grad
@@ -610,6 +623,56 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, size: dict, o
 
 
 # -----------------------------------------------------------------------------
+# evaluate: many short questions about one image, as GQA and POPE have them, next to transformers' generate on the batch and
+# to our own without the shared prefix
+
+def bench_evaluate(size: dict, options: Config) -> Iterator[dict]:
+    for sparse in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            ours = make_llava(size["student"], size["vision"], 0, sparse, options.device).requires_grad_(False).eval()
+            ours.save_pretrained(folder)
+            theirs = None
+            if HAS_TRANSFORMERS:
+                theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+                theirs.to(options.device).eval()
+            for n in size["questions"]:
+                yield from compare_answering(f"{'E4T2' if sparse else 'dense'}, {n} questions per image", ours, theirs, n,
+                                             size, options)
+
+
+def compare_answering(case: str, ours: Llava, theirs: nn.Module | None, n: int, size: dict,
+                      options: Config) -> Iterator[dict]:
+    rng, vision, new = np.random.default_rng(0), size["vision"], size["new"]
+    draw = lambda count: rng.integers(1, IMAGE_ID, count).tolist()
+    start = draw(size["system"]) + [IMAGE_ID] * vision.patches
+    prompts = [start + draw(rng.integers(*size["question"])) for _ in range(n)]
+    pixels = torch.randn(3, vision.image_size, vision.image_size, device=options.device)
+    images = pixels.expand(n, -1, -1, -1)                            # (n, 3, S, S)
+    right = data.pad_right(prompts, 0).to(options.device)            # (n, T)
+    left = data.pad_right([prompt[::-1] for prompt in prompts], 0).flip(1).to(options.device)
+
+    def generate(implementation: str) -> torch.Tensor:
+        theirs.set_experts_implementation({"text_config": implementation})
+        return theirs.generate(input_ids=left, pixel_values=images, attention_mask=(left != 0).long(), max_new_tokens=new,
+                               do_sample=False)[:, left.shape[1]:]
+
+    runs = {"ours": lambda: prefix.generate(ours, prompts, [["image"]] * n, {"image": pixels}, new),
+            "without prefix": lambda: ours.generate(right, images, new)}
+    implementations = EXPERTS if ours.config.decoder.num_experts else EXPERTS[:1]
+    runs |= {side: partial(generate, side) for side in implementations}
+    answers = {}
+    seconds = take_turns({side: lambda side=side: answers.update({side: runs[side]()}) for side in runs}, options)
+    for side in list(runs)[1:]:
+        same = (answers["ours"] == answers[side]).all(1).float().mean().item()
+        yield row(case, f"answers equal to those of {side}", "", same, target=">= 1")
+    speed = {side: [n / s for s in each] for side, each in seconds.items()}
+    best = fastest({side: seconds[side] for side in implementations})
+    target = {10: ">= 6", 31: ">= 12"}.get(n, "")
+    yield row(case, "questions per second", "/s", speed["ours"], speed.get(best), f"transformers, {best}", target)
+    yield row(case, "questions per second", "/s", speed["ours"], speed["without prefix"], "ours without prefix")
+
+
+# -----------------------------------------------------------------------------
 # data: pixels, padding
 
 def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -721,11 +784,13 @@ def loss_gap() -> Iterator[dict]:
             for k in kl:
                 if k == "online":
                     reference = train.teacher_reference(teacher, batch, features, config)
+                    each = losses.distillation(logits, teacher.decoder.head(reference.hidden))
                 else:
                     settings = Config(config, teacher_top_k=k)
                     outputs, _ = train.teacher_targets(teacher, batch, settings, V, torch.device("cpu"))
                     reference = train.cached_reference(batch | outputs, config, V)
-                kl[k] += losses.distillation(logits, reference, slice(0, len(logits))).sum().item()
+                    each = losses.cached_distillation(logits, reference, slice(None))
+                kl[k] += each.sum().item()
         for k in [k for k in kl if k != "online"]:
             case = f"tiny world, student after {name}, k = {k}" + " = V" * (k == V)
             yield row(case, "KL per token", "", kl[k] / tokens, kl["online"] / tokens, "online")
@@ -738,12 +803,13 @@ def loss_gap() -> Iterator[dict]:
 # What is measured in a process of its own
 CASES = {"loss": loss_case, "step": step_case, "signals": signal_case, "cache": cache_case}
 SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "signals": bench_signals,
-            "generate": bench_generate, "data": bench_data, "cache": bench_cache}
+            "generate": bench_generate, "evaluate": bench_evaluate, "data": bench_data, "cache": bench_cache}
 
 
 def main(argv: list[str]) -> None:
     options = load_config(DEFAULTS, argv)
-    check_values(options, {"repeats": POSITIVE, "device": ["", "cpu", "cuda"]})
+    check_values(options, {"repeats": POSITIVE, "device": ["", "cpu", "cuda"],
+                           "dtype": ["", "bfloat16", "float32"]})
     sections = options.sections.split(",") if options.sections else list(SECTIONS)
     for name in sections:
         if name not in SECTIONS:
@@ -763,12 +829,12 @@ def main(argv: list[str]) -> None:
     machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": options.device,
                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "none"}
     report = {"machine": machine, "versions": versions, "memory_env": MEMORY_ENV, "repeats": options.repeats,
-              "quick": options.quick, "sections": {}}
+              "quick": options.quick, "dtype": options.dtype, "sections": {}}
     print(", ".join(f"{key} {value}" for key, value in (machine | versions).items()))
     for section in sections:
         print(f"\n## {section}\n\n| case | measure | ours | peer | ours / peer | target | |\n" + "|---" * 7 + "|")
         rows = report["sections"][section] = []
-        for each in SECTIONS[section]((QUICK if options.quick else REAL)[section], options):
+        for each in SECTIONS[section](size_of(section, options), options):
             rows.append(each)
             print(show(each), flush=True)
         write_json(options.out, report)

@@ -47,7 +47,7 @@ import data
 from configurator import Config, UserError, load_config, run
 from engine.chunked import CHUNK, PER_PRODUCT
 from engine.index import parse_sources
-from engine.hf import describe_llava, describe_parts, grow_vocabulary
+from engine.hf import describe_llava, describe_parts, grow_vocabulary, without_weights
 from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
@@ -121,7 +121,7 @@ def describe(name: str) -> Llava:
         raise UserError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one of "
                         f"{', '.join(DECODERS)}")
     text = replace(DECODERS[published(name)])
-    with torch.device("meta"):
+    with without_weights():
         return Llava(LlavaConfig(VisionConfig(), text, image_token_id=151646, pad_token_id=151647, eos_token_id=None,
                                  template=None))
 
@@ -569,7 +569,7 @@ def measure_rows(config: Config) -> tuple[np.ndarray | None, int | None]:
     dataset = open_rows(config, student)
     for note in dataset.notes:
         print(note)
-    sampler = data.Sampler(dataset.lengths, config.batch_size, 0, dataset.sources)
+    sampler = data.Sampler(dataset.lengths, config.batch_size, 0, dataset.sources, dataset.held_out(config.val_rows))
     return dataset.lengths, config.max_steps or config.epochs * sampler.steps_per_epoch
 
 

@@ -106,8 +106,8 @@ ARMS = {
     "relation": Arm(["d2d --relation_weight=0.5"]),
     # whose answers
     "answers_kd": Arm(["d2d --data={answers}/arm.json"]),
-    "on_policy_half": Arm(["d2d --on_policy=0.5"]),
-    "on_policy": Arm(["d2d --on_policy=1"]),
+    "on_policy_half": Arm(["d2d --on_policy=0.5 --on_policy_tokens=40"]),
+    "on_policy": Arm(["d2d --on_policy=1 --on_policy_tokens=40"]),
     # half and twice the scenes, in as many steps
     "sft_half": Arm(["sft --data={world}/train/arm_half.json"]),
     "kd_half": Arm(["d2d --data={world}/train/arm_half.json"]),

@@ -14,4 +14,3 @@ max_steps = 200
 learning_rate = 1e-3
 grad_clip = 1.0
 max_length = 128
-on_policy_tokens = 40

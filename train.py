@@ -399,9 +399,10 @@ def train_step(run: Run, micro_batches: list[dict], total: dict[str, int], lr: f
     if not math.isfinite(loss) or not grad_norm.isfinite():
         with dist.sync_errors():
             raise UserError(log.not_finite(step, loss, grad_norm.item(), parts, run.trainable, run.describe(step), dist))
-    nn.utils.clip_grads_with_norm_(run.trainable.values(), config.grad_clip or math.inf, grad_norm)
+    if config.grad_clip:
+        nn.utils.clip_grads_with_norm_(run.trainable.values(), config.grad_clip, grad_norm)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    distributed.zero_grad(run.objective, run.optimizer)
     return loss, parts, grad_norm.item()
 
 
@@ -638,9 +639,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
     # Student, data, teacher or its cache
     dtype = getattr(torch, config.dtype)
     with dist.sync_errors():
-        student = open_student(config)
+        student = open_student(config, dist.device)                  # straight to its GPU: eight ranks share the host's memory
         choose_trainable(student, config, dtype)
-        student.to(dist.device)
         student.decoder.checkpointing = config.checkpointing
     dataset = dist.local_rank0_first(lambda: open_rows(config, student))
     with dist.sync_errors():
@@ -697,11 +697,11 @@ def setup(config: Config, dist: Dist) -> Run | None:
                first_step, steps)
 
 
-def open_student(config: Config) -> Llava:
+def open_student(config: Config, device: torch.device | str = "cpu") -> Llava:
     if config.student:
-        student = Llava.from_pretrained(config.student)
+        student = Llava.from_pretrained(config.student, device=device)
     else:
-        student = Llava.from_parts(config.vision, config.llm, seed=config.seed, template=config.template or "vicuna")
+        student = Llava.from_parts(config.vision, config.llm, config.seed, config.template or "vicuna", device)
     folder = config.student or config.llm
     require_tokenizer(student, folder)
     if student.config.pad_token_id is None:

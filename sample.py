@@ -6,11 +6,13 @@ Talk to a checkpoint about an image.
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
+from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run     # first: from here on, Ctrl-C
+                                                                                               # ends in one line
+
 from os.path import commonprefix
 
 import torch
 
-from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run
 from data import as_text, load_image, render, transform_image
 from engine.hf import require_tokenizer
 from model import KVCache, Llava

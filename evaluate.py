@@ -15,7 +15,7 @@ out_dir receives
     NAME/answers.jsonl  {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, one line per question
     NAME/scored.jsonl   how the rule read it: {"question_id", "text", "parsed", "gold", "score"}
     results.json        the numbers (percentages out of 100), each with the protocol that made it
-    results.md          our numbers below the paper's
+    results.md          our numbers, below the paper's if the files are the official ones
 The same command continues an interrupted run. An out_dir belongs to one model; several evaluations of that model may
 write to it at once.
 """
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
-from benchmarks.paper import markdown, our_row
+from benchmarks.paper import markdown, other_files, our_row
 from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_uses, check_values, expected, load_config,
                           run, shorten)
 from data import as_text, load_image, render, transform_image
@@ -439,7 +439,7 @@ def report(benchmark: Benchmark, texts: dict[object, str], model: dict, answered
         if "AVG" in row:
             results["average"] = row["AVG"]
         write_json(out_dir / "results.json", results)
-        write_text(out_dir / "results.md", markdown(row))
+        write_text(out_dir / "results.md", markdown(row, other_files(results)))
 
     if missing:
         source = config.answers or out_dir / benchmark.name / "answers.jsonl"

@@ -48,7 +48,7 @@ from configurator import Config, UserError, load_config, run
 from engine.chunked import CHUNK, PER_PRODUCT
 from engine.index import parse_sources
 from engine.hf import describe_llava, describe_parts, grow_vocabulary
-from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
+from model import DECODERS, FFN, Block, Llava, LlavaConfig, RMSNorm, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
 from train import DEFAULTS, FEATURE_WEIGHTS, Objective, choose_trainable, configure, make_sparse, open_rows
@@ -250,6 +250,7 @@ def kept_by_block(block: Block, half: int, stream: int) -> float:
 
     kept = 4 * D + input_of(attn.q_proj, attn.k_proj, attn.v_proj)   # the first norm's input, and its output
     kept += half * (q + kv + kv + q) + 4 * attn.n_head               # q, k, v, o_proj's input; log-sum-exp of each row
+    kept += 4 * (q + kv) * isinstance(attn.q_norm, RMSNorm)          # Qwen3: their norms' input
     kept += 4 * D                                                    # the second norm's input
     if not isinstance(ffn, SparseFFN):
         return kept + input_of(ffn.gate_proj, ffn.up_proj) + kept_by_ffn(ffn, half)
@@ -356,7 +357,7 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
         if runs_vit:
             per_image = blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
             passes["ViT"]["attention"] += batch.images * per_image
-        passes[forward]["attention"] = batch.rows * text.n_layer * quadratic(batch.tokens, text.n_embd) / 2   # causal
+        passes[forward]["attention"] = batch.rows * text.n_layer * quadratic(batch.tokens, text.n_head * text.head_dim) / 2   # causal
 
     upstream = False                                                 # is anything before this matrix trainable?
     for name, part, p, vectors in products(student, batch):
@@ -385,7 +386,8 @@ def generation(student: Llava, new: int, batch: Batch) -> Counter:
     for _, part, p, vectors in products(student, batch._replace(tokens=positions, targets=batch.rows * new)):
         parts["matrices" if part == "ViT" else part] += 2 * p.numel() * vectors
     attended = positions * (positions + 1) / 2 - batch.prompt * (batch.prompt + 1) / 2       # by the new tokens
-    per_layer = quadratic(batch.prompt, text.n_embd) / 2 + 4 * text.n_embd * attended
+    width = text.n_head * text.head_dim
+    per_layer = quadratic(batch.prompt, width) / 2 + 4 * width * attended
     parts["attention"] = batch.rows * text.n_layer * per_layer
     parts["attention"] += batch.images * blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
     return parts

@@ -31,12 +31,13 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -230,14 +231,26 @@ def require_image(path: str, known: set[str]) -> None:
     known.add(path)
 
 
-def load_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Read and fully decode an image file, as RGB. EXIF rotation is ignored, as in the official code."""
+def load_image(source: str | Path | BinaryIO, upright: bool = True) -> Image.Image:
+    """
+    Read and fully decode an image file, as RGB.
+
+    upright: turned as its EXIF data say, as transformers does: a phone stores a photo lying on its side, with a note. The
+    official LLaVA code ignores the note, so evaluate.py does too, in the official benchmarks.
+    """
     with (reading(source, "not a readable image", "replace the file"),
           open_regular(source) if isinstance(source, (str, Path)) else source as file, Image.open(file) as image):
         if image.width * image.height > MAX_PIXELS:                  # known before anything is decoded
             raise UserError(f"{source}: {image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} in all; "
                             "replace the file by a smaller one")
-        return to_rgb(image)
+        return to_rgb(turn_upright(image) if upright else image)
+
+
+def turn_upright(image):
+    with suppress(Exception):                                        # damaged EXIF data say nothing
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
 
 
 # -----------------------------------------------------------------------------

@@ -350,7 +350,7 @@ def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop:
 
 def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) -> torch.Tensor:
     if isinstance(image, Path):
-        image = load_image(str(image))
+        image = load_image(str(image), upright=question.upright)
     else:
         try:
             image = load_image(io.BytesIO(image))

@@ -163,7 +163,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embedding = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(config.n_embd) * config.n_embd ** -0.5)
+        self.class_embedding = nn.Parameter(torch.empty(config.n_embd).normal_(std=config.n_embd ** -0.5))
         self.position_embedding = nn.Embedding(config.patches + 1, config.n_embd)
         self.pre_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layer))

@@ -63,7 +63,6 @@ class SparseFFN(nn.Module):
             weight_NA = weight_NA / weight_NA.sum(-1, keepdim=True)
         return weight_NA, Routing(probs_NE, expert_NA)
 
-    @torch.compiler.disable(recursive=False)    # shapes depend on the data: torch.compile gets the experts only
     def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
         """(B, T, D) -> (B, T, D) and the routing of the tokens where `valid_BT` is true (None: of all tokens).
 

@@ -6,6 +6,9 @@ Talk to a checkpoint about an image.
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
+from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run     # first: from here on, Ctrl-C
+                                                                                               # ends in one line
+
 import json
 import sys
 from os.path import commonprefix
@@ -14,7 +17,6 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.common import SHORT
-from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run
 from data import as_text, load_image, render, transform_image
 from engine.hf import require_tokenizer
 from model import KVCache, Llava

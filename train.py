@@ -52,7 +52,7 @@ from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_tea
 from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cached_distillation, cross_entropy,
                     distillation, hidden_mse, relation_cosine, soften)
 from model import Llava
-from moe import balance_loss, expert_counts, sparse_layers, upcycle
+from moe import SparseFFN, balance_loss, expert_counts, sparse_layers, upcycle
 
 # -----------------------------------------------------------------------------
 # 1. Settings
@@ -641,6 +641,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
         with dist.sync_errors():
             teacher = open_teacher(config, student, dtype, dist.device)
     if config.compile:
+        for layer in filter(lambda module: isinstance(module, SparseFFN), student.modules()):    # its shapes depend on the
+            layer.forward = torch.compiler.disable(layer.forward, recursive=False)               # data: only its experts
         for block in [*student.vision.blocks, *student.decoder.blocks, *(teacher.decoder.blocks if teacher else [])]:
             block.compile(dynamic=True)                              # rows have all lengths
 

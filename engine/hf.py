@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from configurator import UserError, expected, reading, require_memory, shorten, user_file
 from data import CLIP_MEAN, CLIP_STD, TEMPLATES
@@ -510,6 +511,19 @@ def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dty
         getattr(llava, tower).load_state_dict(states[tower], strict=True, assign=True)
 
 
+class SkipInit(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        drawn = nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, torch.Tensor.normal_
+        return (args or tuple(kwargs.values()))[0] if func in drawn else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made here are on the meta device, not initialized: to "draw" numbers there, torch loads its compiler for 4 s."""
+    with torch.device("meta"), SkipInit():
+        yield
+
+
 def describe_llava(folder: Path) -> Llava:
     """A LLaVA folder without its weights: the model on the meta device, with its tokenizer."""
     config = read_llava_config(folder / "config.json")
@@ -519,7 +533,7 @@ def describe_llava(folder: Path) -> Llava:
     if tokenizer is not None and tokenizer.token_to_id(IMAGE_TOKEN) != config.image_token_id:
         raise UserError(f"{folder}: tokenizer.json gives {IMAGE_TOKEN} the id {tokenizer.token_to_id(IMAGE_TOKEN)}, "
                         f"config.json {config.image_token_id}; the two files are not of one checkpoint")
-    with torch.device("meta"):
+    with without_weights():
         return Llava(config, tokenizer)
 
 
@@ -550,7 +564,7 @@ def describe_parts(vision_folder: Path, llm_folder: Path, template: str) -> Llav
         raise UserError(f"{llm_folder / 'tokenizer.json'}: has no token {end}, the end of an answer in {template}")
     llava_config = LlavaConfig(vision, decoder, tokenizer.token_to_id(IMAGE_TOKEN), tokenizer.token_to_id(PAD_TOKEN),
                                tokenizer.token_to_id(end), template)
-    with torch.device("meta"):
+    with without_weights():
         return Llava(llava_config, tokenizer)
 
 

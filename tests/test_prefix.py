@@ -3,6 +3,10 @@ engine/prefix.py: answers from a shared prefix are those of each prompt alone, a
 
     python -m pytest tests/test_prefix.py
 """
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -100,3 +104,12 @@ def test_a_cache_continues_where_it_is_cut(llava, pixels):
     again = llava.read(torch.tensor([[15, 16]]), None, cache)
     expected = llava.read(torch.tensor(with_images([[1, *A, 7, 8, 15, 16]], llava)), images[1:], llava.make_cache(1))
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_answering_does_not_load_torchs_compiler(world):
+    """It takes seconds, and many a run of evaluate.py and sample.py would be shorter than that."""
+    program = ("import sys, torch, evaluate, sample\n"
+               f"llava = sample.Llava.from_pretrained({str(world / 'sparse')!r})\n"
+               "llava.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)\n"
+               "assert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(prefix.__file__).parents[1])

@@ -35,9 +35,9 @@ from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values
 from data import (IMAGE, image_names, llava_row, load_image, pad_right, parse_instruction, render, require_image,
                   transform_image)
 from engine.distributed import Dist, init_distributed
-from engine.files import digest_of_folder, disk_errors, read_json, write_json, write_lines
+from engine.files import digest_of_folder, disk_errors, read_json, sha256_of_file, write_json, write_lines
 from engine.hf import describe_llava, require_tokenizer
-from engine.index import read_rows, row_name, sha256_of_file
+from engine.index import read_rows, row_name
 from model import Llava
 
 DEFAULTS = dict(

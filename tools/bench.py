@@ -11,6 +11,7 @@ Speed and memory of this code next to what a user would otherwise run, as ratios
     step       an optimizer step of d2s and pd             the same step with transformers and full logits
     signals    a step of d2d with one more signal          the step with the KL alone
     generate   greedy answers                              transformers' generate
+    evaluate   short questions about one image             transformers' generate; ours without the shared prefix
     data       images to pixels; padding                   transformers' processor; rows in random order
     cache      a step of d2s from the teacher cache        the step with the teacher; the KL of all tokens
 
@@ -46,6 +47,7 @@ import data
 import losses
 import train
 from configurator import POSITIVE, Config, UserError, check_values, expected, load_config, run
+from engine import prefix
 from engine.chunked import chunked_loss
 from engine.distributed import Dist, parallelize
 from engine.files import write_json
@@ -85,6 +87,8 @@ REAL = {
                  rows=2, prompt=0, response=128, dtype="bfloat16"),
     "generate": dict(student=replace(qwen2, n_layer=4), vision=VisionConfig(n_layer=2), rows=16, prompt=32, response=0,
                      new=64),
+    "evaluate": dict(student=replace(qwen2, n_layer=8), vision=VisionConfig(n_layer=4), system=35, question=(8, 24),
+                     questions=[10, 31], new=8),
     "data": dict(images=64, side=336, rows=100_000),
 }
 small, small_vision = DecoderConfig(151_656, 32, 2, 4, 2, 48, tied=True), VisionConfig(28, 14, 32, 2, 4, 64)
@@ -94,6 +98,7 @@ QUICK = {
     "step": dict(student=small, teacher=replace(small, n_embd=48, n_ffn=64, tied=False), vision=small_vision,
                  rows=2, prompt=0, response=6, dtype="float32"),
     "generate": dict(student=small, vision=small_vision, rows=3, prompt=6, response=0, new=6),
+    "evaluate": dict(student=small, vision=small_vision, system=3, question=(2, 5), questions=[3], new=3),
     "data": dict(images=6, side=56, rows=2_000),
 }
 for sizes, half in (REAL, 64), (QUICK, 3):
@@ -615,6 +620,56 @@ def compare_generation(case: str, folder: str, dtype: torch.dtype, size: dict, o
 
 
 # -----------------------------------------------------------------------------
+# evaluate: many short questions about one image, as GQA and POPE have them, next to transformers' generate on the batch and
+# to our own without the shared prefix
+
+def bench_evaluate(size: dict, options: Config) -> Iterator[dict]:
+    for sparse in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            ours = make_llava(size["student"], size["vision"], 0, sparse, options.device).requires_grad_(False).eval()
+            ours.save_pretrained(folder)
+            theirs = None
+            if HAS_TRANSFORMERS:
+                theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+                theirs.to(options.device).eval()
+            for n in size["questions"]:
+                yield from compare_answering(f"{'E4T2' if sparse else 'dense'}, {n} questions per image", ours, theirs, n,
+                                             size, options)
+
+
+def compare_answering(case: str, ours: Llava, theirs: nn.Module | None, n: int, size: dict,
+                      options: Config) -> Iterator[dict]:
+    rng, vision, new = np.random.default_rng(0), size["vision"], size["new"]
+    draw = lambda count: rng.integers(1, IMAGE_ID, count).tolist()
+    start = draw(size["system"]) + [IMAGE_ID] * vision.patches
+    prompts = [start + draw(rng.integers(*size["question"])) for _ in range(n)]
+    pixels = torch.randn(3, vision.image_size, vision.image_size, device=options.device)
+    images = pixels.expand(n, -1, -1, -1)                            # (n, 3, S, S)
+    right = data.pad_right(prompts, 0).to(options.device)            # (n, T)
+    left = data.pad_right([prompt[::-1] for prompt in prompts], 0).flip(1).to(options.device)
+
+    def generate(implementation: str) -> torch.Tensor:
+        theirs.set_experts_implementation({"text_config": implementation})
+        return theirs.generate(input_ids=left, pixel_values=images, attention_mask=(left != 0).long(), max_new_tokens=new,
+                               do_sample=False)[:, left.shape[1]:]
+
+    runs = {"ours": lambda: prefix.generate(ours, prompts, [["image"]] * n, {"image": pixels}, new),
+            "without prefix": lambda: ours.generate(right, images, new)}
+    implementations = EXPERTS if ours.config.decoder.num_experts else EXPERTS[:1]
+    runs |= {side: partial(generate, side) for side in implementations}
+    answers = {}
+    seconds = take_turns({side: lambda side=side: answers.update({side: runs[side]()}) for side in runs}, options)
+    for side in list(runs)[1:]:
+        same = (answers["ours"] == answers[side]).all(1).float().mean().item()
+        yield row(case, f"answers equal to those of {side}", "", same, target=">= 1")
+    speed = {side: [n / s for s in each] for side, each in seconds.items()}
+    best = fastest({side: seconds[side] for side in implementations})
+    target = {10: ">= 6", 31: ">= 12"}.get(n, "")
+    yield row(case, "questions per second", "/s", speed["ours"], speed.get(best), f"transformers, {best}", target)
+    yield row(case, "questions per second", "/s", speed["ours"], speed["without prefix"], "ours without prefix")
+
+
+# -----------------------------------------------------------------------------
 # data: pixels, padding
 
 def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -745,7 +800,7 @@ def loss_gap() -> Iterator[dict]:
 # What is measured in a process of its own
 CASES = {"loss": loss_case, "step": step_case, "signals": signal_case, "cache": cache_case}
 SECTIONS = {"loss": bench_loss, "moe": bench_moe, "step": bench_step, "signals": bench_signals,
-            "generate": bench_generate, "data": bench_data, "cache": bench_cache}
+            "generate": bench_generate, "evaluate": bench_evaluate, "data": bench_data, "cache": bench_cache}
 
 
 def main(argv: list[str]) -> None:

@@ -50,7 +50,7 @@ import data
 from configurator import Config, UserError, run, run_config_file
 from engine.chunked import CHUNK, PER_PRODUCT
 from engine.index import parse_sources
-from engine.hf import describe_llava, describe_parts, grow_vocabulary
+from engine.hf import describe_llava, describe_parts, grow_vocabulary, without_weights
 from model import DECODERS, FFN, Block, Llava, LlavaConfig, RMSNorm, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
@@ -132,7 +132,7 @@ def describe(name: str) -> Llava:
         raise UserError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one of "
                         f"{', '.join(DECODERS)}")
     text = replace(DECODERS[published(name)])
-    with torch.device("meta"):
+    with without_weights():
         return Llava(LlavaConfig(VisionConfig(), text, image_token_id=151646, pad_token_id=151647, eos_token_id=None,
                                  template=None))
 

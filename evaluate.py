@@ -15,7 +15,7 @@ out_dir receives
     NAME/answers.jsonl  {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, one line per question
     NAME/scored.jsonl   how the rule read it: {"question_id", "text", "parsed", "gold", "score"}
     results.json        the numbers (percentages out of 100), each with the protocol that made it
-    results.md          our numbers below the paper's
+    results.md          our numbers, below the paper's if the files are the official ones
 The same command continues an interrupted run. An out_dir belongs to one model; several evaluations of that model may
 write to it at once.
 """
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
-from benchmarks.paper import markdown, our_row
+from benchmarks.paper import markdown, other_files, our_row
 from data import as_text, load_image, render, transform_image
 from engine import prefix
 from engine.files import (claim, digest_of_folder, disk_errors, lock, parse_json, read_json, read_rows, release, write_json,
@@ -335,7 +335,7 @@ def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop:
 
 def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) -> torch.Tensor:
     if isinstance(image, Path):
-        image = load_image(str(image))
+        image = load_image(str(image), upright=question.upright)
     else:
         try:
             image = load_image(io.BytesIO(image))
@@ -424,7 +424,7 @@ def report(benchmark: Benchmark, texts: dict[object, str], model: dict, answered
         if "AVG" in row:
             results["average"] = row["AVG"]
         write_json(out_dir / "results.json", results)
-        write_text(out_dir / "results.md", markdown(row))
+        write_text(out_dir / "results.md", markdown(row, other_files(results)))
 
     if missing:
         source = config.answers or out_dir / benchmark.name / "answers.jsonl"

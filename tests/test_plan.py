@@ -55,6 +55,7 @@ def make(stage, items=2, tokens=300, response=60, text={}, **settings):
     mask = torch.zeros(rows, tokens, dtype=torch.bool)
     mask[:, -response:] = True
     batch = {"input_ids": ids, "mask": mask, "pixel_values": torch.randn(items, 3, 112, 112)}
+    batch = train.add_positions(batch, student.config, config)
     return config, student, teacher, batch, plan.Batch.of(config, items, tokens, response)
 
 
@@ -68,8 +69,8 @@ def run_pass(config, objective, student, teacher, batch, between=lambda what: No
         total = {"response": 9, "distilled": 9, "hidden": 9, "image_rows": 2, "rows": 2, "pairs": 1}
         loss, _ = objective(batch, features, reference, total)
         between("forward")
-        loss.backward()
-        between("backward")
+    loss.backward()
+    between("backward")
 
 
 # -----------------------------------------------------------------------------
@@ -297,6 +298,7 @@ def be_like_a_gpu(set_attribute):
     set_attribute(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None, is_causal=False, enable_gqa=False:
                   AttentionOnGPU.apply(q, k, v, is_causal))
     set_attribute(plan, "CHUNK", {"cuda": chunked.CHUNK["cpu"]})           # plan counts on a GPU
+    set_attribute(chunked, "ROWS", {"cpu": 256})                           # blocks of the head that are small next to logits
 
 
 def passing(items):

@@ -232,7 +232,7 @@ def given_settings(defaults: dict, argv: list[str]) -> dict:
         if isinstance(defaults[key], bool) and not equals:           # --dry_run means --dry_run=True
             equals, text = "=", "True"
         if flag != f"--{key}" or not equals:
-            raise UserError(f"{arg}: write --{key}=value")
+            raise UserError(f"{flag}: write --{key}=value")               # without the value, which may be a secret
         given[key] = check_type(parse(text, defaults[key]), defaults[key], flag)
 
     for key, value in given.items():

@@ -14,7 +14,9 @@ It becomes one sequence of token ids and a mask of the same length (here per cha
 
 The mask is the point. Cross-entropy and distillation see the answers and the end token that closes each of them; the
 system text, the questions and the image positions are context. A mask that is off by one token raises no error and
-ruins the training, so a single function, `render`, builds it. `show(ids, mask, tokenizer)` prints its output.
+ruins the training, so a single function, `render`, builds it. Row 3 of a file, what is supervised in green:
+
+    python data.py data/tiny/train/d2d.json:3 --model=out/tiny/pd
 
 Read top-down: 1. conversations to ids and mask, 2. images to pixels, 3. rows to conversations, 4. samples to batches,
 5. the order of batches. Where the rows are on disk, and how to handle millions of them, is in engine/index.py.
@@ -29,16 +31,17 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
-from configurator import UserError, open_regular, reading, shorten
+from configurator import UserError, load_config, open_regular, reading, run, shorten
 
 # -----------------------------------------------------------------------------
 # 1. Conversations to ids and mask
@@ -228,14 +231,26 @@ def require_image(path: str, known: set[str]) -> None:
     known.add(path)
 
 
-def load_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Read and fully decode an image file, as RGB. EXIF rotation is ignored, as in the official code."""
+def load_image(source: str | Path | BinaryIO, upright: bool = True) -> Image.Image:
+    """
+    Read and fully decode an image file, as RGB.
+
+    upright: turned as its EXIF data say, as transformers does: a phone stores a photo lying on its side, with a note. The
+    official LLaVA code ignores the note, so evaluate.py does too, in the official benchmarks.
+    """
     with (reading(source, "not a readable image", "replace the file"),
           open_regular(source) if isinstance(source, (str, Path)) else source as file, Image.open(file) as image):
         if image.width * image.height > MAX_PIXELS:                  # known before anything is decoded
             raise UserError(f"{source}: {image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} in all; "
                             "replace the file by a smaller one")
-        return to_rgb(image)
+        return to_rgb(turn_upright(image) if upright else image)
+
+
+def turn_upright(image):
+    with suppress(Exception):                                        # damaged EXIF data say nothing
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
 
 
 # -----------------------------------------------------------------------------
@@ -552,3 +567,37 @@ def leave_signals_to_parent(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+
+
+# -----------------------------------------------------------------------------
+# A row, printed
+
+DEFAULTS = dict(
+    model="out/tiny/pd",        # a LLaVA folder: its tokenizer, template and image size
+)
+
+
+def main(argv: list[str]) -> None:
+    """Print row N of FILE as that model is trained on it: argv[0] is FILE:N, counted from 0."""
+    from engine.hf import describe_llava, require_tokenizer          # upwards: only this program within a library needs them
+    from engine.index import read_rows
+    path, _, number = argv[0].rpartition(":") if argv else ("", "", "")
+    if not path or not number.isdecimal():
+        raise UserError("name a row: python data.py FILE.json:N, counted from 0")
+    config = load_config(DEFAULTS, argv[1:])
+    llava = describe_llava(Path(config.model))
+    require_tokenizer(llava, config.model)
+    row = next(itertools.islice((row for _, _, row in read_rows(path)), int(number), None), None)
+    if row is None:
+        raise UserError(f"{path}: has no row {number}")
+    with_pair = isinstance(row, dict) and "chosen" in row
+    names, conversations = (parse_pair if with_pair else parse_instruction)(row)
+    for conversation in conversations:                               # of a pair: chosen, then rejected
+        ids, mask = render(conversation, llava.tokenizer, llava.config.template, llava.config.image_tokens)
+        show(ids, mask, llava.tokenizer)
+        print(f"[{len(ids)} positions, {ids.count(llava.config.image_token_id)} of them of images; {sum(mask)} supervised, in green; "
+              f"images: {', '.join(names) or 'none'}]\n")
+
+
+if __name__ == "__main__":
+    run(main, __doc__, DEFAULTS)

@@ -15,21 +15,21 @@ out_dir receives
     NAME/answers.jsonl  {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, one line per question
     NAME/scored.jsonl   how the rule read it: {"question_id", "text", "parsed", "gold", "score"}
     results.json        the numbers (percentages out of 100), each with the protocol that made it
-    results.md          our numbers below the paper's
+    results.md          our numbers, below the paper's if the files are the official ones
 The same command continues an interrupted run. An out_dir belongs to one model; several evaluations of that model may
 write to it at once.
 """
+from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_uses, check_values, expected, load_config,
+                          run, shorten)                              # first: from here on, Ctrl-C ends in one line
+
 import difflib
-import fcntl
 import hashlib
 import importlib
 import io
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -38,12 +38,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, need
-from benchmarks.paper import markdown, our_row
-from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_uses, check_values, expected, load_config,
-                          run, shorten)
+from benchmarks.paper import markdown, other_files, our_row
 from data import as_text, load_image, render, transform_image
 from engine import prefix
-from engine.files import digest_of_folder, disk_errors, parse_json, read_json, read_rows, write_json, write_lines, write_text
+from engine.files import (claim, digest_of_folder, disk_errors, lock, parse_json, read_json, read_rows, release, write_json,
+                          write_lines, write_text)
 from engine.hf import NOT_A_FOLDER, require_tokenizer
 from model import Llava
 
@@ -151,8 +150,7 @@ def score_file(benchmark: Benchmark, config: Config) -> None:
     answered_with = read_json(settings) if settings.exists() else f"{config.answers}, made elsewhere"
     texts, name = read_answers(config.answers, benchmark)
     model = {"name": name, "digest": answered_with.get("model_digest") if settings.exists() else None}
-    with locked(Path(config.out_dir) / benchmark.name / "lock"):
-        report(benchmark, texts, model, answered_with, config)
+    report(benchmark, texts, model, answered_with, config)
 
 
 def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
@@ -167,18 +165,20 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
     llava = None                                                     # loaded when there is something to answer
     for benchmark in benchmarks:
         folder = Path(config.out_dir) / benchmark.name
-        with locked(folder / "lock") if rank == 0 else nullcontext():
-            todo = open_jobs(benchmark, folder, model, config, rank, world_size)
-            if todo:
-                llava = llava or load_model(config)
-                generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
-            barrier(world_size)
-            if rank == 0:
-                if not (folder / "answers.jsonl").exists():
-                    write_answers(benchmark, folder, config)
-                texts, _ = read_answers(folder / "answers.jsonl", benchmark)
-                report(benchmark, texts, model, read_json(folder / "settings.json"), config)
-            barrier(world_size)
+        if rank == 0:
+            claim(folder, "evaluate.py", {"model": config.model})
+        todo = open_jobs(benchmark, folder, model, config, rank, world_size)
+        if todo:
+            llava = llava or load_model(config)
+            generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
+        barrier(world_size)
+        if rank == 0:
+            if not (folder / "answers.jsonl").exists():
+                write_answers(benchmark, folder, config)
+            texts, _ = read_answers(folder / "answers.jsonl", benchmark)
+            report(benchmark, texts, model, read_json(folder / "settings.json"), config)
+            release(folder)
+        barrier(world_size)
 
 
 def load_model(config: Config) -> Llava:
@@ -189,21 +189,6 @@ def load_model(config: Config) -> Llava:
             raise UserError(f"{config.model}: {name} is not finite in {config.dtype}; the checkpoint is of a run that "
                             "diverged, or needs another --dtype")
     return llava
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other evaluations away. However this one ends, the kernel releases the lock."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            raise UserError(f"{path.parent}: another evaluation is writing there ({error.strerror}); wait for it, or "
-                            "choose another --out_dir") from None
-        yield
 
 
 # -----------------------------------------------------------------------------
@@ -350,7 +335,7 @@ def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop:
 
 def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) -> torch.Tensor:
     if isinstance(image, Path):
-        image = load_image(str(image))
+        image = load_image(str(image), upright=question.upright)
     else:
         try:
             image = load_image(io.BytesIO(image))
@@ -433,13 +418,13 @@ def report(benchmark: Benchmark, texts: dict[object, str], model: dict, answered
         entry = score(benchmark, [texts[question.key] for question in questions], out_dir / benchmark.name) | entry
     entry["protocol"] = {"files": benchmark.files, **benchmark.protocol, "answers": answered_with}
 
-    with locked(out_dir / "results.lock", wait=True):                # several evaluations may add their numbers
+    with lock(out_dir / "results.lock", wait=True):                # several evaluations may add their numbers
         results = read_results(out_dir, benchmark.name, model) | {benchmark.name: entry}
         row = our_row(results)
         if "AVG" in row:
             results["average"] = row["AVG"]
         write_json(out_dir / "results.json", results)
-        write_text(out_dir / "results.md", markdown(row))
+        write_text(out_dir / "results.md", markdown(row, other_files(results)))
 
     if missing:
         source = config.answers or out_dir / benchmark.name / "answers.jsonl"

@@ -16,7 +16,7 @@ The dimension key, used by every file of the project:
     F FFN width        V vocabulary                         N images of a batch; in moe.py and losses.py: tokens
     E experts          A experts active per token           S image side in pixels
 
-References: LLaVA-MoD arXiv 2408.15881, LLaVA-1.5 2310.03744, CLIP 2103.00020, Qwen1.5/Qwen2 2407.10671.
+References: LLaVA-MoD arXiv 2408.15881, LLaVA-1.5 2310.03744, CLIP 2103.00020, Qwen1.5/Qwen2 2407.10671, Qwen3 2505.09388.
 """
 import math
 import os
@@ -62,6 +62,8 @@ class DecoderConfig:
     n_head: int = 16
     n_kv_head: int = 16
     n_ffn: int = 5504
+    head_dim: int = 0          # 0: n_embd / n_head, as in Qwen1.5 to 2.5
+    qk_norm: bool = False      # Qwen3: each head's q and k are normalized, and q, k and v have no bias
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = False         # output head = embedding matrix
@@ -70,6 +72,9 @@ class DecoderConfig:
     top_k: int = 0
     norm_topk: bool = True
     sparse_layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
 
 
 @dataclass
@@ -87,7 +92,8 @@ class LlavaConfig:
         return self.vision.patches
 
 
-# The base models of the paper (read off their published config.json), by their names on the Hub, matched exactly.
+# The base models of the paper and their successors (read off their published config.json), by their names on the Hub,
+# matched exactly.
 DECODERS = {
     "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, n_ffn=2816, tied=True),
     "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, n_ffn=5504),
@@ -99,6 +105,19 @@ DECODERS = {
                                      max_positions=131072),
     "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
                                    max_positions=131072),
+    "Qwen/Qwen2.5-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True),
+    "Qwen/Qwen2.5-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
+                                       max_positions=131072),
+    "Qwen/Qwen2.5-3B": DecoderConfig(n_embd=2048, n_layer=36, n_head=16, n_kv_head=2, n_ffn=11008, tied=True),
+    "Qwen/Qwen2.5-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
+                                     max_positions=131072),
+    "Qwen/Qwen3-0.6B-Base": DecoderConfig(n_embd=1024, n_layer=28, n_head=16, n_kv_head=8, n_ffn=3072, tied=True, head_dim=128,
+                                          qk_norm=True),
+    "Qwen/Qwen3-1.7B-Base": DecoderConfig(n_embd=2048, n_layer=28, n_head=16, n_kv_head=8, n_ffn=6144, tied=True, head_dim=128,
+                                          qk_norm=True),
+    "Qwen/Qwen3-4B-Base": DecoderConfig(n_embd=2560, n_layer=36, n_head=32, n_kv_head=8, n_ffn=9728, tied=True, head_dim=128,
+                                        qk_norm=True),
+    "Qwen/Qwen3-8B-Base": DecoderConfig(n_embd=4096, n_layer=36, n_head=32, n_kv_head=8, n_ffn=12288, head_dim=128, qk_norm=True),
 }
 
 
@@ -222,7 +241,7 @@ class KVCache:
 
     def __init__(self, config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device):
         self.config = config
-        self.k = torch.zeros(config.n_layer, rows, config.n_kv_head, 0, config.n_embd // config.n_head, dtype=dtype,
+        self.k = torch.zeros(config.n_layer, rows, config.n_kv_head, 0, config.head_dim, dtype=dtype,
                              device=device)                          # (n_layer, B, K, slots, Dh)
         self.v = self.k.clone()
         self.row_lengths = torch.zeros(rows, dtype=torch.long, device=device)   # (B,) tokens of each row, without padding
@@ -286,16 +305,19 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head
-        head_dim = config.n_embd // config.n_head
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * head_dim)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * head_dim)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * head_dim)
+        head_dim, bias = config.head_dim, not config.qk_norm
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * head_dim, bias=bias)
         self.o_proj = nn.Linear(config.n_head * head_dim, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        q = apply_rope(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.n_head), cos, sin)      # (B, H, T, Dh)
-        k = apply_rope(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head), cos, sin)   # (B, K, T, Dh)
+        q = self.q_norm(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.n_head))               # (B, H, T, Dh)
+        k = self.k_norm(rearrange(self.k_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head))            # (B, K, T, Dh)
         v = rearrange(self.v_proj(x), "b t (k d) -> b k t d", k=self.n_kv_head)                         # (B, K, T, Dh)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             all_k, all_v = cache.append(self.layer, k, v)            # (B, K, length, Dh)
             if not cache.is_first_pass:
@@ -371,7 +393,7 @@ class Decoder(nn.Module):
         """
         B, T, D = x.shape
         positions = torch.arange(T, device=x.device)[None] if cache is None else cache.start_pass(T, valid)   # (B or 1, T)
-        cos, sin = rope_angles(positions, D // self.config.n_head, self.config.rope_theta)
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         routings = []
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -573,7 +595,7 @@ class Llava(nn.Module):
     @classmethod
     def from_parts(cls, vision_path: str | Path, llm_path: str | Path, seed: int = 0,
                    template: str = "vicuna", device: str | torch.device = "cpu") -> "Llava":
-        """A CLIP folder + a Qwen1.5/Qwen2 folder + a fresh adaptor drawn from `seed`. Raises UserError."""
+        """A CLIP folder + a Qwen folder + a fresh adaptor drawn from `seed`. Raises UserError."""
         from engine.hf import assemble_llava
         return assemble_llava(Path(os.path.expanduser(vision_path)), Path(os.path.expanduser(llm_path)), seed, template, device)
 

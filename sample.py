@@ -6,11 +6,17 @@ Talk to a checkpoint about an image.
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
+from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run     # first: from here on, Ctrl-C
+                                                                                               # ends in one line
+
+import json
+import sys
 from os.path import commonprefix
 
 import torch
+from tokenizers import Tokenizer
 
-from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run
+from benchmarks.common import SHORT
 from data import as_text, load_image, render, transform_image
 from engine.hf import require_tokenizer
 from model import KVCache, Llava
@@ -19,6 +25,7 @@ DEFAULTS = dict(
     model="",                   # a LLaVA folder, for example the out_dir of a training run
     image="",                   # an image file; empty: none
     prompt="",                  # one question; empty: a conversation
+    short=False,                # end each question with the benchmarks' "Answer the question using a single word or phrase."
     max_new_tokens=512,
     temperature=0.0,            # 0 is greedy
     device="",                  # cpu | cuda; empty: cuda if there is one
@@ -73,12 +80,24 @@ def main(argv: list[str]) -> None:
         prompt = config.prompt or next_question()
         if not prompt:
             return
+        unknown = unknown_words(prompt, llava.tokenizer)
+        if unknown:
+            print(f"warning: the tokenizer does not know {', '.join(unknown)}: the model cannot read that", file=sys.stderr)
         first = "<image>\n" if image is not None and not conversation else ""
-        conversation.append({"from": "human", "value": first + as_text(prompt)})
+        last = f"\n{SHORT}" if config.short else ""
+        conversation.append({"from": "human", "value": first + as_text(prompt) + last})
         reply = answer(llava, conversation, pixel_values, known, cache, config.max_new_tokens, config.temperature)
         conversation.append({"from": "gpt", "value": reply})
         if config.prompt:
             return
+
+
+def unknown_words(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The words of a text that the tokenizer replaces by its unknown token. Qwen's has none: it can spell everything."""
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = tokenizer.token_to_id(model.get("unk_token") or "")
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return list(dict.fromkeys(text[start:end] for id, (start, end) in zip(encoding.ids, encoding.offsets) if id == unknown))
 
 
 def next_question() -> str:

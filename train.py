@@ -21,7 +21,7 @@ out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per 
 and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit (on a GPU
 with --deterministic; engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_uses, check_values, given_settings
+from configurator import Config, UserError, given_settings
 from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
 
 import math
@@ -43,15 +43,17 @@ from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder, write_lines
-from engine.hf import check_same_tokens, describe_llava, read_llava_config, require_tokenizer, same_vision
+from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
+from engine.settings import (FEATURE_WEIGHTS, INPUTS, MACHINE_LOCAL, MAY_CHANGE, check_no_effect, check_settings,
+                             layer_numbers)
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
-from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cached_distillation,
+from losses import (PREFERENCE_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cached_distillation,
                     cross_entropy, distillation, hidden_mse, relation_cosine, soften)
 from model import Llava, LlavaConfig, flat, image_positions, valid_positions
-from moe import SparseFFN, balance_loss, expert_counts, sparse_layers, upcycle
+from moe import SparseFFN, balance_loss, expert_counts, upcycle
 
 # -----------------------------------------------------------------------------
 # 1. Settings
@@ -61,7 +63,7 @@ DEFAULTS = dict(
     stage="",                   # align | sft | d2d | d2s | pd
     student="",                 # LLaVA folder to start from; or, for a new model, the next two
     vision="",                  # CLIP folder
-    llm="",                     # Qwen1.5/Qwen2 folder
+    llm="",                     # Qwen folder: 1.5, 2, 2.5 or 3, dense
     teacher="",                 # LLaVA folder; d2d, d2s and pd need one
     template="",                # vicuna | chatml for a new model (empty: vicuna); a checkpoint records its own
     out_dir="",
@@ -134,31 +136,7 @@ TRAINABLE = {
     "pd": ["adaptor.", ".ffn.experts.", ".ffn.router."],
 }
 DENSE_FFN = [".ffn.gate_proj.", ".ffn.up_proj.", ".ffn.down_proj."]
-WITH_TEACHER = ["d2d", "d2s", "pd"]
 STAGE_DEFAULTS = {"d2d": {"ce_weight": 0.0}}           # eq. 6 is the KL alone
-FEATURE_WEIGHTS = ["hidden_weight", "affinity_weight", "relation_weight"]     # need the teacher's hidden states
-
-ALLOWED = {
-    "stage": list(TRAINABLE), "template": ["", *data.TEMPLATES], "kd_tokens": ["response", "all", "response+image"],
-    "kd_loss": list(TOKEN_LOSSES), "kd_shift": ["aligned", "late"], "hidden_tokens": ["response", "all"],
-    "preference_loss": list(PREFERENCE_LOSSES), "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"],
-    "parallel": ["ddp", "fsdp"],
-    **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
-                     "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
-    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "val_rows", "val_every", "balance_coef", "seed", "ce_weight", "kd_weight",
-                     *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
-    "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
-    "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
-    "num_workers": ("a number from 0 to 1000", lambda x: 0 <= x <= 1000),
-    "max_length": ("a number from 1 to a million", lambda x: 1 <= x <= 10**6),
-}
-# Settings that may change when an interrupted run is resumed.
-MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "deterministic", "compile", "checkpointing",
-              "save_every", "log_every", "val_every", "dry_run"]
-# What a run is made from: the places may change, the content must stay the same (`fingerprints`).
-INPUTS = ["student", "teacher", "vision", "llm", "data"]
-# Settings that may differ from machine to machine.
-MACHINE_LOCAL = [*INPUTS, "image_dir", "teacher_cache", "device", "num_workers"]
 
 
 # -----------------------------------------------------------------------------
@@ -553,78 +531,6 @@ def configure(argv: list[str]) -> Config:
     return config
 
 
-def check_settings(config: Config) -> None:
-    """Whatever can be known to be wrong before anything is loaded."""
-    check_values(config, ALLOWED)
-    for key in ("out_dir", "data"):
-        if not config[key]:
-            raise UserError(f"{key} is empty: say --{key}=… or set it in the config file")
-    if bool(config.student) == bool(config.vision or config.llm) or bool(config.vision) != bool(config.llm):
-        raise UserError("give either student=…, a checkpoint to start from, or both vision=… and llm=… for a new model")
-    signals = [key for key in ("kd_weight", *FEATURE_WEIGHTS, "on_policy") if config[key]]
-    alone = config.stage == "d2s" and not signals                    # Table 6's baseline, made sparse without distillation
-    if config.stage in WITH_TEACHER and not config.teacher and not alone:
-        raise UserError(f"stage {config.stage} needs a teacher: say --teacher=…, a LLaVA folder")
-    if config.stage not in WITH_TEACHER and config.teacher:
-        raise UserError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
-                        f"{', '.join(WITH_TEACHER)}")
-    if config.teacher_cache and not config.teacher:
-        raise UserError("teacher_cache keeps the outputs of a teacher: say --teacher=…, the one they come from")
-    for key in [*FEATURE_WEIGHTS, "on_policy"]:
-        if config[key] and config.teacher_cache:
-            raise UserError(f"{key}={config[key]} needs the teacher in memory, and teacher_cache holds its distributions of the "
-                            "data's answers only: leave one of the two out")
-    if config.on_policy and not any(config[key] for key in ("kd_weight", *FEATURE_WEIGHTS)):
-        raise UserError(f"on_policy={config.on_policy} samples answers to compare with the teacher's: set kd_weight or one "
-                        f"of {', '.join(FEATURE_WEIGHTS)}")
-    if config.on_policy and config.parallel == "fsdp":
-        raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
-                        "--parallel=ddp")
-    if config.on_policy and config.deterministic:
-        raise UserError("deterministic and on_policy: torch has no deterministic cumulative sum on a GPU, which sampling needs; "
-                        "leave one of the two out")
-    if config.kd_loss == "mse" and (config.kd_temperature != 1 or config.kd_standardize):
-        raise UserError("kd_loss=mse standardizes the logits by itself: leave kd_temperature and kd_standardize at their defaults")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no GPU here; say --device=cpu")
-
-
-def check_no_effect(config: Config, defaults: dict, given: dict) -> None:
-    """No setting is ignored without a word: what was given and would change nothing is an error."""
-    if config.max_steps and "epochs" in given:
-        raise UserError(f"epochs={config.epochs} and max_steps={config.max_steps} both say how long to train: leave one of "
-                        "them out, or say --max_steps=0")
-    stage, path, experts = config.stage, Path(config.student) / "config.json", None
-    if config.student and path.is_file():
-        decoder = read_llava_config(path).decoder
-        experts = decoder if decoder.num_experts else None
-    distills = stage in ("d2d", "d2s") and config.teacher
-    kd, signals = distills and config.kd_weight, ["kd_weight", *FEATURE_WEIGHTS, "on_policy"]
-    check_uses(config, defaults, [
-        (["template"], not config.student, "a new model (vision and llm): a checkpoint has its own"),
-        (["num_experts", "top_k", "moe_layers", "norm_topk"], stage == "d2s" or experts, "stage d2s, which makes a student sparse"),
-        (["balance_coef"], stage in ("d2s", "pd") or experts, "a sparse student"),
-        (["train_dense_ffn"], stage in ("d2s", "pd"), f"the stages d2s and pd, this is {stage}"),
-        (["ce_weight"], stage != "pd", "the other stages, this is pd"),
-        (signals, stage in ("d2d", "d2s"), f"the stages d2d and d2s, this is {stage}"),
-        (["kd_loss", "kd_tokens", "kd_temperature", "kd_standardize", "kd_shift"], kd, "d2d and d2s with a teacher and a kd_weight"),
-        (["jsd_beta"], kd and config.kd_loss == "jsd", "kd_loss=jsd"),
-        (["val_every"], config.val_rows, "a val_rows above 0"),
-        (["hidden_tokens"], config.hidden_weight, "a hidden_weight above 0"),
-        (["on_policy_tokens", "on_policy_temperature"], config.on_policy, "an on_policy above 0"),
-        (["preference_loss", "beta"], stage == "pd", f"stage pd, this is {stage}"),
-        (["teacher_top_k"], config.teacher_cache and kd, "a teacher_cache in d2d or d2s"),
-    ])
-    if experts:
-        own = {"num_experts": experts.num_experts, "top_k": experts.top_k, "norm_topk": experts.norm_topk,
-               "moe_layers": experts.sparse_layers}
-        for key, value in own.items():
-            wanted = sparse_layers(layer_numbers(config), experts.n_layer) if key == "moe_layers" else config[key]
-            if key in given and wanted != value:
-                raise UserError(f"{key}={config[key]}: the student {config.student} is sparse already, with {value}; leave "
-                                f"{key} out, or start from a dense student")
-
-
 def setup(config: Config, dist: Dist) -> Run | None:
     """Everything before the first step; None if this run is finished already. An error on any rank ends all of them."""
     say = print if dist.rank == 0 else lambda *_: None
@@ -718,17 +624,6 @@ def open_student(config: Config, device: torch.device | str = "cpu") -> Llava:
 
 def make_sparse(student: Llava, config: Config) -> None:
     upcycle(student, config.num_experts, config.top_k, layer_numbers(config), config.norm_topk, config.seed)
-
-
-def layer_numbers(config: Config) -> str | list[int]:
-    """moe_layers as `upcycle` takes it."""
-    layers = config.moe_layers
-    if not (layers[:1].isdigit() or layers[:1] == "-"):
-        return layers
-    try:
-        return [int(number) for number in layers.split(",")]
-    except ValueError:
-        raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
 
 
 def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None:

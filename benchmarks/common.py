@@ -31,6 +31,7 @@ class Question:
     meta: dict | None = None       # whatever else the rule needs: category, group, ...
     model_prompt: str = ""         # what the model reads after the image; empty: the prompt
     key: object = None             # what answers are joined on; None: the id as a string
+    upright: bool = False          # turn the image as its EXIF data say? The official scripts do not
 
     def __post_init__(self):
         self.model_prompt = self.model_prompt or self.prompt

@@ -21,6 +21,8 @@ PAPER = {
     "1B, Qwen-1.5-0.5B": "56.2 31.6 62.8 53.9 65.3 58.8 50.4 54.1",
     "1B, Qwen-2-0.5B": "56.6 35.1 61.1 57.1 67.0 58.7 54.1 55.7",
 }
+OFFICIAL_ROWS = {"gqa": [12578], "vizwiz": [4319], "scienceqa": [4241], "textvqa": [5000], "mme": [2374], "mmbench": [4329, 4377],
+                 "mmbench_cn": [4329, 4377], "objhal": [300], "pope": [8910, 9000], "mmhal": [96]}
 NOTES = """\
 MME is perception as a percentage of its maximum. ObjHal and MMHal hall: lower is better. The paper's VizWiz comes from
 the official server (test-dev), ours is the local val score; in the paper's ObjHal a chat model extracts the objects, in
@@ -44,15 +46,25 @@ def our_row(results: dict) -> dict[str, float]:
     return row
 
 
-def markdown(row: dict[str, float]) -> str:
+def other_files(results: dict) -> str:
+    """Why our numbers are not comparable with the paper's: the first benchmark that was not the official one; or ""."""
+    for name, counts in OFFICIAL_ROWS.items():
+        if name in results and results[name]["rows"] not in counts:
+            return (f"{name} has {results[name]['rows']:,} questions here, and {' or '.join(f'{count:,}' for count in counts)} in the "
+                    "official file: other questions, so the paper's numbers are not shown.")
+    return ""
+
+
+def markdown(row: dict[str, float], why_alone: str = "") -> str:
+    """Our row below the paper's; alone, with the reason, where it is about other questions."""
     names = list(COLUMNS)
     text, cut = "", names.index("AVG") + 1
     for part in (slice(None, cut), slice(cut, None)):                # comprehension, hallucination
         columns = names[part]
         text += f"| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
-        for model, numbers in PAPER.items():
+        for model, numbers in [] if why_alone else PAPER.items():
             if numbers.split()[part]:
                 text += f"| paper: {model} | {' | '.join(numbers.split()[part])} |\n"
         ours = [f"{row[column]:.2f}" if column in row else "" for column in columns]
         text += f"| **ours** | {' | '.join(ours)} |\n\n"
-    return text + NOTES
+    return text + (f"{why_alone}\n" if why_alone else NOTES)

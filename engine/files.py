@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from configurator import UserError, expected, shorten, user_file
+from configurator import UserError, cut, expected, shorten, user_file
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
         found = read_text(folder / MARK).strip() if MARK in names else ""
     if found == owner or not found and names in ([], [MARK]):        # [MARK]: killed while it made the folder
         return
-    made_by = f"was made by {found}" if found else f"holds files that {owner} did not write ({shorten(names)})"
+    made_by = f"was made by {cut(found)}" if found else f"holds files that {owner} did not write ({shorten(names)})"
     raise UserError(f"{folder}: {made_by}; choose another folder, a new or empty one")
 
 
@@ -149,24 +150,31 @@ def claim(folder: str | Path, owner: str, inputs: dict[str, str | None] | None =
     """
     check_owner(folder, owner, inputs)
     path = Path(folder) / MARK
+    file = lock(path, wait)
+    LOCKS.setdefault(os.path.realpath(folder), []).append(file)
     with disk_errors(path):
-        make_folder(path.parent)
-        file = open(path, "a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)         # the kernel releases it with the process
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                raise UserError(f"{folder}: another run is writing there; wait for it, end it, or choose another "
-                                "folder") from None
-            print(f"{folder}: another run is writing there; waiting for it", file=sys.stderr)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        LOCKS.setdefault(os.path.realpath(folder), []).append(file)
         file.seek(0)
         if not file.read():
             file.write(f"{owner}\n")
             file.flush()
             os.fsync(file.fileno())
             sync(path.parent)
+
+
+def lock(path: Path, wait: bool = False) -> TextIO:
+    """Lock a file, made if it is not there, until what is returned is closed or this process ends, however it ends."""
+    with disk_errors(path):
+        make_folder(path.parent)
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if not wait:
+                raise UserError(f"{path.parent}: another run is writing there; wait for it, end it, or choose another "
+                                "folder") from None
+            print(f"{path.parent}: another run is writing there; waiting for it", file=sys.stderr)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
 
 
 def release(folder: str | Path) -> None:
@@ -192,19 +200,16 @@ def digest_of_folder(folder: str | Path) -> str:
                  (path.name in ("config.json", "generation_config.json", "tokenizer.json")
                   or path.name.endswith((".safetensors", ".bin", ".index.json")))]
         with ThreadPoolExecutor() as pool:                           # hashing releases the GIL
-            digests = pool.map(digest_of_file, paths)
-            content = [path.name.encode() + digest for path, digest in zip(paths, digests)]
+            digests = pool.map(sha256_of_file, paths)
+            content = [path.name.encode() + bytes.fromhex(digest) for path, digest in zip(paths, digests)]
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror}); check the path") from None
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 
-def digest_of_file(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.digest()
+def sha256_of_file(path: str | Path) -> str:
+    with user_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DiskError(UserError):

@@ -2,7 +2,7 @@
 Hugging Face checkpoint folders, in and out: names, configs, files. Nothing here computes.
 
     load_llava(folder)                 a LLaVA folder, ours or transformers'
-    assemble_llava(clip, qwen)         a CLIP folder + a Qwen1.5/Qwen2 folder + a fresh adaptor
+    assemble_llava(clip, qwen)         a CLIP folder + a Qwen1.5, Qwen2, Qwen2.5 or Qwen3 folder + a fresh adaptor
     save_llava(llava, folder)          what `load_llava` and stock transformers open
     describe_llava, describe_parts     the same models on torch's meta device: everything but the weights
 
@@ -62,6 +62,8 @@ DECODER_KEYS = {
     "blocks.{}.attn.k_proj": "model.layers.{}.self_attn.k_proj",
     "blocks.{}.attn.v_proj": "model.layers.{}.self_attn.v_proj",
     "blocks.{}.attn.o_proj": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",     # Qwen3
+    "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
     "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
     "blocks.{}.ffn.gate_proj": "model.layers.{}.mlp.gate_proj",
     "blocks.{}.ffn.up_proj": "model.layers.{}.mlp.up_proj",
@@ -141,11 +143,16 @@ DECODER_DEFAULTS = {                                                 # of the ke
     "qwen2": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
               "intermediate_size": 22016},
     "qwen2_moe": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
-                  "intermediate_size": 5632},
+                  "intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                  "shared_expert_intermediate_size": 5632},
+    "qwen3": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+              "intermediate_size": 22016, "head_dim": 128},
+    "qwen3_moe": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 4,
+                  "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
 }
-SPARSE_CONFIG = {                                                    # of a qwen2_moe, on top of the above
-    "num_experts": ("num_experts", 60),
-    "num_experts_per_tok": ("top_k", 4),
+SPARSE_CONFIG = {                                                    # of a sparse one, on top of the above
+    "num_experts": ("num_experts", None),
+    "num_experts_per_tok": ("top_k", None),
     "norm_topk_prob": ("norm_topk", False),
 }
 LLAVA_CONFIG = {
@@ -212,24 +219,33 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
 def read_decoder_config(path: Path, config: dict) -> DecoderConfig:
     kind = config.get("model_type")
     if kind not in list(DECODER_DEFAULTS):
-        raise expected(f"{path}: model_type of the language model", kind, '"qwen2" or "qwen2_moe"')
-    require(path, "qkv_bias", config.get("qkv_bias", True), True)
+        raise expected(f"{path}: model_type of the language model", kind, " or ".join(f'"{each}"' for each in DECODER_DEFAULTS))
+    is_qwen3 = kind.startswith("qwen3")
+    if is_qwen3:
+        require(path, "attention_bias", config.get("attention_bias", False), False)
+    else:
+        require(path, "qkv_bias", config.get("qkv_bias", True), True)
+    if "num_local_experts" in config:                                # transformers' other name
+        config = {"num_experts": config["num_local_experts"]} | config
     rope = read_object(path, config, "rope_scaling") or read_object(path, config, "rope_parameters")
     require(path, "rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
     config = DECODER_DEFAULTS[kind] | config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
 
-    decoder = DecoderConfig(**read_fields(path, config, DECODER_CONFIG, DecoderConfig))
-    if decoder.n_embd % decoder.n_head:
+    head_dim = {}
+    if is_qwen3 and config.get("head_dim") is not None:
+        head_dim = {"head_dim": read_value(path, config, "head_dim", int, None)}
+    decoder = DecoderConfig(**read_fields(path, config, DECODER_CONFIG, DecoderConfig), **head_dim, qk_norm=is_qwen3)
+    if decoder.n_embd % decoder.n_head and not head_dim:
         raise expected(f"{path}: hidden_size", decoder.n_embd, f"a multiple of num_attention_heads, {decoder.n_head}")
     if decoder.n_head % decoder.n_kv_head:
         raise expected(f"{path}: num_attention_heads", decoder.n_head,
                        f"a multiple of num_key_value_heads, {decoder.n_kv_head}")
-    if kind == "qwen2_moe":
-        # 5632 and 1408 are transformers' values for a missing key.
-        require(path, "shared_expert_intermediate_size", config.get("shared_expert_intermediate_size", 5632), 0)
-        require(path, "moe_intermediate_size", config.get("moe_intermediate_size", 1408), decoder.n_ffn)
+    if kind.endswith("_moe"):
+        if not is_qwen3:
+            require(path, "shared_expert_intermediate_size", config["shared_expert_intermediate_size"], 0)
+        require(path, "moe_intermediate_size", config["moe_intermediate_size"], decoder.n_ffn)
         for field, value in read_fields(path, config, SPARSE_CONFIG, DecoderConfig).items():
             setattr(decoder, field, value)
         if decoder.top_k > decoder.num_experts:
@@ -295,16 +311,19 @@ def config_files(llava: Llava, dtype: torch.dtype) -> dict[str, dict]:
     ends = {"pad_token_id": config.pad_token_id, "eos_token_id": config.eos_token_id}
     vision_config = {"model_type": "clip_vision_model", **write_fields(vision, VISION_CONFIG), "projection_dim": 768}
     text_config = {
-        "model_type": "qwen2_moe" if decoder.num_experts else "qwen2",
+        "model_type": ("qwen3" if decoder.qk_norm else "qwen2") + ("_moe" if decoder.num_experts else ""),
         **write_fields(decoder, DECODER_CONFIG),
         "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},   # as transformers 5 spells it
         "attention_dropout": 0.0, **ends,
     }
+    if decoder.qk_norm:
+        text_config |= {"head_dim": decoder.head_dim, "attention_bias": False}
     if decoder.num_experts:
         text_config |= {
             **write_fields(decoder, SPARSE_CONFIG),
-            "moe_intermediate_size": decoder.n_ffn, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1,
+            "moe_intermediate_size": decoder.n_ffn, "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i in range(decoder.n_layer) if i not in decoder.sparse_layers],
+            **({} if decoder.qk_norm else {"shared_expert_intermediate_size": 0}),
         }
     square = {"height": vision.image_size, "width": vision.image_size}
     files = {
@@ -589,7 +608,8 @@ def published_tensors(llava: Llava, weights: dict[str, torch.Tensor] | None = No
     weights = weights or dict(llava.named_parameters())
     tensors = {published_key(*name.split(".", 1)): tensor.detach() for name, tensor in weights.items()}
     D = llava.config.decoder.n_embd
-    for i in llava.config.decoder.sparse_layers:                     # see SHARED_EXPERT
+    shared_experts = [] if llava.config.decoder.qk_norm else llava.config.decoder.sparse_layers
+    for i in shared_experts:                                         # see SHARED_EXPERT
         mlp = f"language_model.model.layers.{i}.mlp."
         tensors[mlp + "shared_expert.gate_proj.weight"] = torch.zeros(0, D)
         tensors[mlp + "shared_expert.up_proj.weight"] = torch.zeros(0, D)
@@ -655,12 +675,19 @@ def save_llava(llava: Llava, folder: Path, dtype: torch.dtype | None = None,
 
 def check_same_tokens(student: Llava, teacher: Llava, student_folder: str, teacher_folder: str) -> None:
     """UserError unless both have the same tokens, template and image positions: otherwise they predict different things."""
-    def vocabulary(llava: Llava) -> dict:
-        return json.loads(llava.tokenizer.to_str())["model"] | {"added": llava.tokenizer.get_added_tokens_decoder().keys()}
+    def vocabulary(llava: Llava) -> tuple[dict, set]:
+        added = {token.content for token in llava.tokenizer.get_added_tokens_decoder().values()}
+        return json.loads(llava.tokenizer.to_str())["model"], added
 
     where = f"teacher {teacher_folder} and student {student_folder}"
-    if teacher.tokenizer is None or vocabulary(teacher) != vocabulary(student):
-        raise UserError(f"{where}: their tokenizers differ; distillation compares token by token and needs the same one")
+    if teacher.tokenizer is None or vocabulary(teacher)[0] != vocabulary(student)[0] or \
+            teacher.tokenizer.get_added_tokens_decoder().keys() != student.tokenizer.get_added_tokens_decoder().keys():
+        why = ""
+        if teacher.tokenizer is not None and vocabulary(teacher)[0] == vocabulary(student)[0]:
+            only = sorted(vocabulary(teacher)[1] ^ vocabulary(student)[1])
+            why = (f": only one of them has {', '.join(only[:3])}; Qwen1.5 and Qwen2 share a tokenizer, Qwen2.5 has special tokens "
+                   "more and Qwen3 still more, so teacher and student must be of one generation")
+        raise UserError(f"{where}: their tokenizers differ{why}; distillation compares token by token and needs the same one")
     for what in ("template", "image_token_id", "image_tokens"):
         if getattr(teacher.config, what) != getattr(student.config, what):
             raise UserError(f"{where}: {what} is {getattr(teacher.config, what)!r} and {getattr(student.config, what)!r}; "

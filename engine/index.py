@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from configurator import UserError, expected, shorten, user_file
 from data import IMAGE, TEMPLATES, load_image, parse_instruction, parse_pair, render, require_image, transform_image
-from engine.files import atomic
+from engine.files import atomic, sha256_of_file
 
 
 MAX_WEIGHT = 1000    # times that an epoch repeats a file
@@ -249,11 +249,6 @@ def mtime_size(file):
     """What tells a file (a path, or the number of an open one) from a later version of it."""
     stat = os.stat(file)
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def sha256_of_file(path):
-    with user_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value):

@@ -84,7 +84,7 @@ def test_config_files_run_in_an_empty_namespace(tmp_path):
     (["--max_steps"], "--max_steps: write --max_steps=value"),
     (["-dry_run"], "-dry_run: write --dry_run=value"),
     (["--dry_run="], "--dry_run: found str '', expected bool (True or False)"),
-    (["-batch_size=3"], "-batch_size=3: write --batch_size=value"),
+    (["-batch_size=3"], "-batch_size: write --batch_size=value"),
     (["--batch_size=3.5"], "--batch_size: found str '3.5', expected int"),
     (["--batch_size=True"], "--batch_size: found str 'True', expected int"),
     (["--batch_size="], "--batch_size: found str '', expected int"),

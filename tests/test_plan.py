@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # for the two ranks that the last test starts
 
 from engine import chunked, distributed
+from engine.settings import WITH_TEACHER
 from tools import plan
 import train
 from configurator import Config, UserError, load_config
@@ -36,7 +37,7 @@ TEXT = dict(vocab_size=2048, n_embd=256, n_layer=3, n_head=4, n_kv_head=4, n_ffn
 def make(stage, items=2, tokens=300, response=60, text={}, **settings):
     """A run's config, student, teacher, one micro-batch as `collate` gives it, and the same as tools/plan.py sees it."""
     torch.manual_seed(0)
-    config = Config(train.DEFAULTS, stage=stage, teacher="one" if stage in train.WITH_TEACHER else "", **settings)
+    config = Config(train.DEFAULTS, stage=stage, teacher="one" if stage in WITH_TEACHER else "", **settings)
     text, dtype = TEXT | text, getattr(torch, config.dtype)
     special = dict(image_token_id=text["vocab_size"] - 2, pad_token_id=text["vocab_size"] - 1, eos_token_id=None,
                    template=None)

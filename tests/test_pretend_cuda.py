@@ -19,6 +19,7 @@ import model
 import train
 from configurator import Config
 from engine import chunked, distributed, on_policy, teacher_cache
+from engine.settings import WITH_TEACHER
 from model import DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import upcycle
 from pretend_cuda import CPU, CUDA, device_of, pretend_cuda, put
@@ -249,7 +250,7 @@ def make(n_layer, width, seed):
 
 def waits_of(stage, **more):
     """(of each micro-batch, of a step besides)"""
-    config = Config(train.DEFAULTS, stage=stage, teacher="one" if stage in train.WITH_TEACHER else "", device="cuda", **more)
+    config = Config(train.DEFAULTS, stage=stage, teacher="one" if stage in WITH_TEACHER else "", device="cuda", **more)
     ids = torch.randint(0, 62, (2, 40))
     ids[:, 3:7], ids[1, 36:] = 62, 63
     mask = torch.zeros(2, 40, dtype=torch.bool)

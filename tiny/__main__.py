@@ -5,6 +5,8 @@ The embedded world: everything the recipe needs, drawn and trained from nothing 
     python -m tiny --out_dir=data/tiny --part=world       one part per process, in any order:
                                                           world, vision, llm_teacher or llm_student
     python -m tiny --report=out/tiny                      print what speedrun.sh has measured, make nothing
+    python -m tiny --report=out/tiny --models=reverse,pd  the same of these runs below out/tiny
+    python -m tiny --draw="red bottle, blue cup at 5"     draw this scene to scene.png, to talk about it (sample.py)
 
 LLaVA-MoD starts from a CLIP tower, two language models, millions of captioned images and ten benchmarks.
 This makes a miniature of each in the same file formats, so train.py and evaluate.py run on it unchanged.
@@ -17,16 +19,19 @@ rows.py (training files), benchmarks.py, pretrain.py (the base checkpoints), rep
 tables of strokes and colors.
 """
 import os
+import random
 import shutil
 import time
 from pathlib import Path
 
-from configurator import POSITIVE, UserError, check_values, load_config, run
+from configurator import POSITIVE, UserError, check_uses, check_values, load_config, run
 from engine.files import claim, disk_errors, read_json, release, write_json
 from tiny.benchmarks import write_benchmarks
+from tiny.language import caption
 from tiny.pretrain import make_language_model, make_vision
 from tiny.report import print_report
-from tiny.rows import write_training_files
+from tiny.rows import save_png, write_training_files
+from tiny.scene import draw_scene, parse_scene
 from tiny.study import TEST_SPLIT, write_study_world
 
 OWNER = "python -m tiny"
@@ -38,6 +43,10 @@ DEFAULTS = dict(
     scale=1.0,           # of the numbers of scenes and steps
     preset="",           # study | tuning: the world of tools/study.py
     report="",           # the folder of speedrun.sh's results
+    models="",           # with --report: names of runs in it; empty: those of speedrun.sh
+    draw="",             # a scene: COLOR THING, with "at CELL" (0 to 15, row by row) where it matters; "label 7" is a digit
+    style="plain",       # with --draw: plain | unseen, the drawing style kept out of training
+    out="scene.png",     # with --draw: the picture's file
 )
 SIZES = {                # scenes
     "teacher": 6000,     # the teacher's fine-tuning
@@ -51,8 +60,17 @@ SIZES = {                # scenes
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
     check_values(config, {"part": ["all", *PARTS], "scale": POSITIVE, "preset": ["", *TEST_SPLIT]})
+    check_values(config, {"style": ["plain", "unseen"]})
+    check_uses(config, DEFAULTS, [(["models"], config.report, "--report"), (["style", "out"], config.draw, "--draw")])
     if config.report:
-        print_report(Path(config.report))
+        print_report(Path(config.report), config.models)
+        return
+    if config.draw:
+        rng = random.Random(config.seed)
+        scene = parse_scene(config.draw, rng)
+        with disk_errors(Path(config.out)):
+            save_png(draw_scene(scene, rng, config.style), Path(config.out))
+        print(f"{config.out}: {caption(scene)}")
         return
     for part in PARTS if config.part == "all" else [config.part]:
         make(part, Path(config.out_dir), config.seed, config.scale, config.preset)

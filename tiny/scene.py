@@ -11,8 +11,10 @@ That habit is what the training captions exaggerate (language.py), and so what t
 What is in a scene decides its split, through a hash. A scene of the benchmarks therefore occurs nowhere in
 the training files, not even with other noise.
 """
+import difflib
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +22,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from configurator import UserError
 from tiny.things import COLORS, DARK, DIGITS, LABEL_FRAME, SEGMENTS, THINGS, UNSEEN_COLORS, WHITE
 
 GRID, CELL = 4, 16       # cells per side, pixels per cell
@@ -96,6 +99,34 @@ def splits_of(scene: Scene) -> list[str]:
     if slot in (0, 10):
         return ["test", "validation" if slot == 10 else "final"]
     return ["preference"] if slot in (1, 11) else ["train"]
+
+
+def parse_scene(text: str, rng: random.Random) -> Scene:
+    """"red bottle, blue cup at 5" -> a scene; what has no cell gets a free one."""
+    objects, cells = [], list(range(GRID * GRID))
+    for item in text.split(","):
+        words, _, cell = item.strip().partition(" at ")
+        color, _, thing = words.partition(" ")
+        known = list(THINGS) if color in COLORS else [f"{color} {thing}" for color in COLORS for thing in THINGS]
+        if not re.fullmatch(r"label [0-9]", words) and (color not in COLORS or thing not in THINGS):
+            near = difflib.get_close_matches(thing if color in COLORS else words, known, n=1, cutoff=0)[0]
+            raise UserError(f"--draw: found {words!r}, did you mean {near if color not in COLORS else f'{color} {near}'}? Colors: "
+                            f"{', '.join(COLORS)}. Things: {', '.join(THINGS)}. A digit: label 7")
+        if cell and (not cell.isdecimal() or int(cell) not in cells):
+            raise UserError(f"--draw: {item.strip()!r}: expected a free cell from 0 to {GRID * GRID - 1}, row by row")
+        if cell:
+            cells.remove(int(cell))
+        objects.append((color, thing, int(cell) if cell else None))
+    rng.shuffle(cells)
+    objects = [(color, thing, cells.pop() if cell is None else cell) for color, thing, cell in objects]
+    labels = [(int(digit), cell) for color, digit, cell in objects if color == "label"]
+    objects = sorted((each for each in objects if each[0] != "label"), key=lambda each: each[2])
+    for i, what in ((0, "color"), (1, "thing")):
+        if len({each[i] for each in objects}) < len(objects):
+            raise UserError(f"--draw: a {what} occurs twice, which it never does in this world; the models have not seen that")
+    if not 1 <= len(objects) <= 4 or len(labels) > 1:
+        raise UserError(f"--draw: found {len(objects)} things and {len(labels)} labels, expected 1 to 4 things and at most one label")
+    return Scene(objects, labels[0] if labels else None)
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Downloads weights and data from the Hugging Face Hub, or from any server with th
     python -m tools.download --model=Qwen/Qwen1.5-1.8B --to=weights/Qwen/Qwen1.5-1.8B
     python -m tools.download --dataset=liuhaotian/LLaVA-Instruct-150K --files=llava_v1_5_mix665k.json --to=data/teacher
     python -m tools.download --manifest=d2d      only list what that stage trains on, and what is unclear about it
+    python -m tools.download --manifest=eval     only list the benchmarks' files, and where they are
 
 Fifteen gigabytes rarely arrive in one go. A file grows as NAME.part and is renamed when its size and hash match the
 repository's listing; after any interruption, a kill included, the same command continues. HF_ENDPOINT (or --endpoint)
@@ -42,7 +43,7 @@ DEFAULTS = dict(
     to="",                      # the folder to put them into
     revision="main",            # a branch, a tag or a commit
     endpoint="",                # another server; empty: HF_ENDPOINT, else https://huggingface.co
-    manifest="",                # only list what a stage trains on (all: every stage)
+    manifest="",                # only list what a stage trains on (all: every stage), or the benchmarks' files (eval)
 )
 SETTINGS = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json",
             "special_tokens_map.json"]                              # all that a model needs besides weights
@@ -53,6 +54,7 @@ LONGEST_PAUSE = 600                                                 # of those t
 LISTING = 1000                                                      # pages at most,
 PAGE = 1 << 25                                                      # of so many bytes and
 PAGE_TIME = 600                                                     # so many seconds
+MIXTURE = "data/d2s/mix_1400k.jsonl"                               # made by tools/prepare.py of d2s's files
 MANIFEST = Path(__file__).parents[1] / "config" / "datasets.json"
 
 
@@ -307,11 +309,18 @@ def read_manifest(stage: str) -> list[dict]:
     entries = json.loads(MANIFEST.read_text(encoding="utf-8"))["datasets"]
     stages = list(dict.fromkeys(entry["stage"] for entry in entries))
     if stage not in [*stages, "all"]:
-        raise expected("--manifest", stage, f"all or one of {', '.join(stages)}")
+        raise expected("--manifest", stage, f"all, eval or one of {', '.join(stages)}")
     return [entry for entry in entries if stage in (entry["stage"], "all")]
 
 
 def show_manifest(stage: str) -> None:
+    if stage == "eval":
+        for entry in json.loads(MANIFEST.with_name("eval.json").read_text(encoding="utf-8"))["files"]:
+            there = "" if list(Path("data/eval").glob(entry["path"])) else "  (absent)"
+            print(f"{entry['benchmark']}: data/eval/{entry['path']}{there}\n    from  {entry['from']}")
+            if entry["note"]:
+                print(f"    note  {entry['note']}")
+        return
     for entry in read_manifest(stage):
         print(f"{entry['stage']}: {entry['name']}" + ("" if Path(entry["path"]).is_file() else "  (absent)"))
         for key in list(entry)[2:]:                               # after stage and name
@@ -336,11 +345,12 @@ def check_manifest(stage: str, data: str, root: str | Path = ".") -> list[str]:
         parts = ", ".join(f"{entry['name']} {rows_of(entry)}" for entry in here)
         if len(here) > 1 and None not in [entry["rows"] for entry in here]:
             parts += f", together {sum(entry['rows'] for entry in here):,}"
-        lines.append(f"{path}: {size}; {'expected: ' + parts if here else 'not a file of the paper'}")
+        what = "the mixture of python -m tools.prepare, 1,400,000 rows" if path == MIXTURE else "not a file of the paper"
+        lines.append(f"{path}: {size}; {'expected: ' + parts if here else what}")
         for unclear in dict.fromkeys(entry["unclear"] for entry in here if entry["unclear"]):
             names = ", ".join(entry["name"] for entry in here if entry["unclear"] == unclear)
             lines.append(f"    unclear of {names}: {unclear}")
-    others = [entry["name"] for entry in entries if entry["stage"] == stage and entry["path"] not in paths]
+    others = [entry["name"] for entry in entries if entry["stage"] == stage and entry["path"] not in paths and MIXTURE not in paths]
     if others:
         lines.append(f"in the paper's {stage} but not in data: {', '.join(others)}; see python -m tools.download "
                      f"--manifest={stage}")

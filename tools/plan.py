@@ -3,8 +3,10 @@ What a run will take, computed before it starts: memory per GPU, FLOPs, hours. N
 
     WORLD_SIZE=16 python -m tools.plan config/d2s.py --student=Qwen/Qwen1.5-1.8B --teacher=Qwen/Qwen1.5-7B
     python -m tools.plan                  the table of docs/scale.md: every stage of the paper's four students
+    python -m tools.plan chain            the shipped configs one after the other, and the evaluation
 
-The first line is what `python train.py config/d2s.py --dry_run` prints, too.
+The first line is what `python train.py config/d2s.py --dry_run` prints, too. A student or teacher that is not there yet is
+known all the same if it is the out_dir of a config in config/, and so on down to the published models.
 
 Memory has two parts. One is there all the time and grows with the model:
 
@@ -36,6 +38,7 @@ hide behind its arithmetic adds to the hours, and depends on the links: BANDWIDT
 The models are built on torch's meta device: shapes and dtypes without numbers. Letters as in model.py; GB are 10^9
 bytes.
 """
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -47,11 +50,11 @@ import numpy as np
 import torch
 
 import data
-from configurator import Config, UserError, load_config, run
+from configurator import Config, UserError, run, run_config_file
 from engine.chunked import CHUNK, PER_PRODUCT
 from engine.index import parse_sources
 from engine.hf import describe_llava, describe_parts, grow_vocabulary, without_weights
-from model import DECODERS, FFN, Block, Llava, LlavaConfig, VisionConfig
+from model import DECODERS, FFN, Block, Llava, LlavaConfig, RMSNorm, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
 from train import DEFAULTS, FEATURE_WEIGHTS, Objective, choose_trainable, configure, make_sparse, open_rows
@@ -66,6 +69,11 @@ BANDWIDTH = 2.0e12             # bytes per second that an A100 reads, which limi
 OVERHEAD = 1.5e9               # bytes: CUDA context, buffers of NCCL and cuBLAS
 CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to the gaps between tensors
 TOWER = "openai/clip-vit-large-patch14-336"
+CONFIGS = Path(__file__).parents[1] / "config"
+CHAIN = ["teacher_align", "teacher_sft", "align", "d2d", "d2s", "pd"]
+# Questions that are answered, and new tokens of an answer; POPE's 9,000 are 5,127 different ones.
+QUESTIONS = {"gqa": (12578, 3), "vizwiz": (4319, 3), "scienceqa": (4241, 2), "textvqa": (5000, 4), "mme": (2374, 2),
+             "mmbench": (4329, 2), "mmbench_cn": (4329, 2), "pope": (5127, 2), "objhal": (300, 150)}
 
 
 class Stage(NamedTuple):
@@ -120,9 +128,12 @@ def build(config: Config) -> tuple[Llava, Llava | None]:
 
 
 def describe(name: str) -> Llava:
-    """A LLaVA folder, its weights not read; else a published decoder, behind CLIP-L/14-336."""
+    """A LLaVA folder, its weights not read; else what a shipped config will make; else a published decoder, behind CLIP-L/14-336."""
     if is_folder(name):
         return describe_llava(Path(name))
+    maker = next((path for path in sorted(CONFIGS.glob("*.py")) if run_config_file(str(path)).get("out_dir") == name), None)
+    if maker is not None:
+        return build(configure([str(maker)]))[0].float()
     if published(name) not in DECODERS:
         raise UserError(f"{name}: is neither a checkpoint folder (it has no config.json) nor, for a dry run, one of "
                         f"{', '.join(DECODERS)}")
@@ -264,6 +275,7 @@ def kept_by_block(block: Block, half: int, stream: int) -> float:
 
     kept = 4 * D + input_of(attn.q_proj, attn.k_proj, attn.v_proj)   # the first norm's input, and its output
     kept += half * (q + kv + kv + q) + 4 * attn.n_head               # q, k, v, o_proj's input; log-sum-exp of each row
+    kept += 4 * (q + kv) * isinstance(attn.q_norm, RMSNorm)          # Qwen3: their norms' input
     kept += 4 * D                                                    # the second norm's input
     if not isinstance(ffn, SparseFFN):
         return kept + input_of(ffn.gate_proj, ffn.up_proj) + kept_by_ffn(ffn, half)
@@ -372,7 +384,7 @@ def flops(student: Llava, teacher: Llava | None, config: Config, batch: Batch) -
         if runs_vit:
             per_image = blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
             passes["ViT"]["attention"] += batch.images * per_image
-        passes[forward]["attention"] = batch.rows * text.n_layer * quadratic(batch.tokens, text.n_embd) / 2   # causal
+        passes[forward]["attention"] = batch.rows * text.n_layer * quadratic(batch.tokens, text.n_head * text.head_dim) / 2   # causal
 
     upstream = False                                                 # is anything before this matrix trainable?
     for name, part, p, vectors in products(student, batch):
@@ -401,7 +413,8 @@ def generation(student: Llava, new: int, batch: Batch) -> Counter:
     for _, part, p, vectors in products(student, batch._replace(tokens=positions, targets=batch.rows * new)):
         parts["matrices" if part == "ViT" else part] += 2 * p.numel() * vectors
     attended = positions * (positions + 1) / 2 - batch.prompt * (batch.prompt + 1) / 2       # by the new tokens
-    per_layer = quadratic(batch.prompt, text.n_embd) / 2 + 4 * text.n_embd * attended
+    width = text.n_head * text.head_dim
+    per_layer = quadratic(batch.prompt, width) / 2 + 4 * width * attended
     parts["attention"] = batch.rows * text.n_layer * per_layer
     parts["attention"] += batch.images * blocks_run(vision) * quadratic(vision.patches + 1, vision.n_embd)
     return parts
@@ -633,9 +646,8 @@ def measure_rows(config: Config) -> tuple[np.ndarray | None, int | None]:
 
 def table(world_size: int = 16) -> str:
     """The recipe's configs, for the paper's four students and their teachers, in Markdown."""
-    links = " / ".join(f"{bandwidth / 1e9:.0f}" for bandwidth in BANDWIDTHS)
-    lines = ["| model | stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | GB sent per GPU and step | steps | "
-             f"A100-hours, arithmetic | with links of {links} GB/s |", "|---|---|--:|---|--:|--:|--:|--:|--:|"]
+    heads, rule = table_heads()
+    lines = [f"| model {heads}", f"|---{rule}"]
     families = {"Qwen/Qwen1.5-7B": ["Qwen/Qwen1.5-0.5B", "Qwen/Qwen1.5-1.8B"],
                 "Qwen/Qwen2-7B": ["Qwen/Qwen2-0.5B", "Qwen/Qwen2-1.5B"]}
     for teacher, students in families.items():
@@ -646,14 +658,44 @@ def table(world_size: int = 16) -> str:
                 runs = [["teacher_align", *new], ["teacher_sft", f"--student={model}"]]
             rows = [table_row(name, flags, world_size) for name, *flags in runs]
             lines += [f"| {model} | {cells} |" for cells, _ in rows]
-            alone, *linked = (sum(column) for column in zip(*(hours for _, hours in rows)))
-            lines.append(f"| {model} | all | | | | | | {alone:.0f} | {' / '.join(f'{hours:.0f}' for hours in linked)} |")
+            lines.append(f"| {model} | all | | | | | | {hours_cells([sum(column) for column in zip(*(h for _, h in rows))])} |")
     return "\n".join(lines)
+
+
+def chain(world_size: int = 16) -> str:
+    """The recipe as it is shipped, from the teacher's adaptor to the evaluation, in Markdown."""
+    rows = [table_row(name, [], world_size) for name in CHAIN]
+    hours = evaluation_hours(build(configure([str(CONFIGS / "pd.py")]))[0])
+    totals = [sum(column) + hours for column in zip(*(each for _, each in rows))]
+    return "\n".join([*table_heads(), *(f"| {cells} |" for cells, _ in rows),
+                      f"| evaluation, {sum(n for n, _ in QUESTIONS.values()):,} questions | | | | | | {hours_cells([hours] * 4)} |",
+                      f"| all | | | | | | {hours_cells(totals)} |"])
+
+
+def table_heads() -> list[str]:
+    links = " / ".join(f"{bandwidth / 1e9:.0f}" for bandwidth in BANDWIDTHS)
+    return ["| stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | GB sent per GPU and step | steps | "
+            f"A100-hours, arithmetic | with links of {links} GB/s |", "|---|--:|---|--:|--:|--:|--:|--:|"]
+
+
+def hours_cells(hours: list[float]) -> str:
+    alone, *linked = (f"{each:.0f}" if each >= 1 else f"{each:.1f}" for each in hours)
+    return f"{alone} | {' / '.join(linked)}"
+
+
+def evaluation_hours(student: Llava, batch_size: int = 16, prompt: int = 90) -> float:
+    """GPU-hours of evaluate.py: prompts of an image and `prompt` tokens, then token by token, each reading all weights."""
+    seconds, weights = 0, 2 * count(student.decoder.parameters())
+    for questions, new in QUESTIONS.values():
+        tokens = student.config.image_tokens + prompt
+        work = generation(student, new, Batch(batch_size, tokens, batch_size, batch_size, tokens)).total()
+        seconds += math.ceil(questions / batch_size) * (work / (UTILIZATION * PEAK_FLOPS["bfloat16"]) + new * weights / BANDWIDTH)
+    return seconds / 3600
 
 
 def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, list[float]]:
     """One config's cells, and its GPU-hours: of the arithmetic alone, and with each of BANDWIDTHS."""
-    config = load_config(DEFAULTS, [str(Path(__file__).parents[1] / f"config/{name}.py"), *flags])
+    config = configure([str(CONFIGS / f"{name}.py"), *flags])
     student, teacher = build(config)
     step, steps = average_step(student, config), paper_steps(config)
     most, usual = (sum(memory(student, teacher, config, world_size, longest_rows(config, longest)).values())
@@ -663,16 +705,16 @@ def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, list[f
     total, seconds = sum(parts.total() for parts in passes.values()), gpu_seconds(passes, config)
     sent = communication(student, teacher, config, world_size)
     waits = [0.0, *(exposed_seconds(passes, sent, config, world_size, bandwidth) for bandwidth in BANDWIDTHS)]
-    alone, *linked = hours = [steps * (seconds + world_size * wait) / 3600 for wait in waits]
+    hours = [steps * (seconds + world_size * wait) / 3600 for wait in waits]
     cells = [name, f"{most / 1e9:.0f} ({usual / 1e9:.0f})", fits, f"{total / 1e15:.1f}", f"{sum(sent.values()) / 1e9:.1f}",
-             f"{steps:,}", f"{alone:.0f}", " / ".join(f"{each:.0f}" for each in linked)]
+             f"{steps:,}", hours_cells(hours)]
     return " | ".join(cells), hours
 
 
 def main(argv: list[str]) -> None:
     """Takes train.py's command line. WORLD_SIZE: the number of GPUs; torchrun sets it, and RANK, of which 0 reports."""
-    if not argv:
-        print(table())
+    if argv in ([], ["chain"]):
+        print(chain() if argv else table())
         return
     config = configure(argv)
     if os.environ.get("RANK", "0") != "0":

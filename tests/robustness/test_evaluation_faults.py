@@ -24,6 +24,7 @@ import sample
 from benchmarks import judge
 from benchmarks.common import SHORT, mean, percent
 from configurator import UserError
+from engine import files
 from test_evaluate import (FOLDERS, Scripted, endpoint, flags, gqa, lines, mmbench, mmhal, one_line,  # noqa: F401
                            picture, put, results, said, scripted, shell, vizwiz)
 
@@ -184,12 +185,25 @@ def test_evaluations_at_once_lose_no_numbers(tmp_path):
     assert set(results(tmp_path)) == set(names)
 
 
+@pytest.mark.parametrize("out_dir", [".", "elsewhere"])
+def test_answers_are_not_written_among_files_of_others(out_dir, tmp_path, scripted, capsys):
+    """Not into the benchmark's own folder, nor into one where answers lie that evaluate.py did not write."""
+    script = script_of(gqa(tmp_path)[0])
+    put(tmp_path / "elsewhere/gqa/answers.jsonl", "mine\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, model = scripted(script, *flags("gqa", tmp_path)[:2], f"--out_dir={tmp_path / out_dir}")
+    assert code == 2 and model.asked == []
+    one_line(capsys, "gqa: holds files that evaluate.py did not write")
+    kept = {path: path.read_bytes() for path in before}
+    assert kept == before
+
+
 def test_a_folder_is_answered_into_by_one_evaluation(tmp_path, scripted, capsys):
     script = script_of(gqa(tmp_path)[0] + vizwiz(tmp_path)[0])
     (is_locked, tell), (wait_here, let_go) = os.pipe(), os.pipe()
 
     def hold():
-        with evaluate.locked(tmp_path / "out/gqa/lock"):
+        with files.lock(tmp_path / "out/gqa/lock"):
             os.write(tell, b".")
             os.close(let_go)
             os.read(wait_here, 1)
@@ -197,7 +211,7 @@ def test_a_folder_is_answered_into_by_one_evaluation(tmp_path, scripted, capsys)
     wait = forked(hold)
     os.read(is_locked, 1)
     assert scripted(script, *flags("gqa", tmp_path))[0] == 2
-    one_line(capsys, "out/gqa: another evaluation is writing there")
+    one_line(capsys, "out/gqa: another run is writing there")
     assert scripted(script, *flags("vizwiz", tmp_path))[0] == 0   # another benchmark may be answered meanwhile
     os.close(let_go)
     assert wait() == 0 and scripted(script, *flags("gqa", tmp_path))[0] == 0
@@ -311,6 +325,7 @@ def test_lines_that_are_no_answers_are_done_again(tmp_path, scripted):
     bad = [line.replace(b"JOB", job) for line in NO_ANSWERS]
     good = json.dumps({"job": evaluate.job_id(benchmark.questions[1], benchmark.root), "text": "yes ."}).encode()
     put(tmp_path / "out/gqa/answers.partial.2.jsonl", b"\n".join([*bad, good, *bad]))
+    put(tmp_path / "out/gqa/lock", "evaluate.py\n")
     code, model = scripted(script_of(answers), *flags("gqa", tmp_path))
     assert code == 0 and len(model.asked) == 4 and results(tmp_path)["gqa"]["accuracy"] == expected["accuracy"]
 

@@ -36,7 +36,7 @@ READERS = {
     "rows": ("a.json", lambda path: list(index.read_rows(path))),
     "row lines": ("a.jsonl", lambda path: list(index.read_rows(path))),
     "indexed": ("a.json", lambda path: index.open_index(path, {}, None)),
-    "digest": ("a.json", index.sha256_of_file),
+    "digest": ("a.json", files.sha256_of_file),
     "image": ("a.png", load_image),
     "safetensors": ("a.safetensors", lambda path: open_weights(Path(path))),
     "bin": ("a.bin", lambda path: open_weights(Path(path))),

@@ -1,0 +1,266 @@
+"""
+The paper's data, from what lies in data/ to what the configs name: archives unpacked, RLAIF-V converted, d2s mixed, counted.
+
+    python -m tools.prepare                      everything that can be done with what is there; what is missing is listed
+    python -m tools.prepare --only=mixture       one part: unpack | link | preferences | mixture | check
+
+    unpack        the archives of config/archives.json, each into its folder. Files that are there already, in their size,
+                  are not written again, so an interrupted run continues.
+    link          folders that are the same pictures under another name
+    preferences   RLAIF-V's parquet files (pip install pyarrow) -> data/pd/rlaif_v.json and its pictures
+    mixture       data/d2s/mix_1400k.jsonl: 1,400,000 rows for stage d2s, from the files of the official guide
+    check         rows of every file of config/datasets.json, images of every archive, against what their sources state
+
+No list of the paper's 1.4M rows is published. Ours is stated here: all rows of InternVL's files, which hold every data set of
+Table 10 but ScienceQA; of MobileVLM's file the ScienceQA rows; and to fill up, rows of MobileVLM's file drawn by a hash, but
+none of the sources that Table 10 does not name.
+"""
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from configurator import POSITIVE, Config, UserError, check_values, load_config, run
+from engine.files import atomic, disk_errors, make_folder, write_json
+from engine.index import read_rows
+from tools.download import MIXTURE, count_rows, read_manifest
+
+PARTS = ["unpack", "link", "preferences", "mixture", "check"]
+DEFAULTS = dict(
+    data="data",                # the folder that the configs call data
+    only="",                    # one of PARTS; empty: all of them
+    d2s_rows=1_400_000,         # rows of the mixture: the paper's number
+)
+ARCHIVES = Path(__file__).parents[1] / "config" / "archives.json"
+WHOLE = ["sharegpt4v_instruct_gpt4-vision_cap100k.jsonl", "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.jsonl",
+         "ai2d_train_12k.jsonl", "dvqa_train_200k.jsonl", "chartqa_train_18k.jsonl", "docvqa_train_10k.jsonl", "synthdog_en.jsonl",
+         "geoqa+.jsonl"]
+FILLER = "MobileVLM_V2_FT_Mix2M.json"
+ALL_OF = ["scienceqa"]                               # of the filler: the first folder of the image's name, in small letters
+NONE_OF = ["iconqa", "sbu", "sam", "web-celebrity", "web-landmark", "wikiart", "share_textvqa"]
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(DEFAULTS, argv)
+    check_values(config, {"only": ["", *PARTS], "d2s_rows": POSITIVE})
+    data, manifest = Path(config.data), json.loads(ARCHIVES.read_text(encoding="utf-8"))
+    for part in PARTS if not config.only else [config.only]:
+        print(f"-- {part}")
+        if part == "unpack":
+            unpack_all(data, manifest["archives"])
+        elif part == "link":
+            link_all(data, manifest["links"])
+        elif part == "preferences":
+            convert_preferences(data / "pd")
+        elif part == "mixture":
+            mix(data, config)
+        else:
+            check(data, manifest["archives"], config.d2s_rows)
+
+
+# -----------------------------------------------------------------------------
+# Archives
+
+def unpack_all(data: Path, archives: list[dict]) -> None:
+    for entry in archives:
+        paths = sorted(data.glob(entry["archive"]))
+        if not paths:
+            print(f"{data / entry['archive']}: absent; from {entry['from']}")
+        for path in paths:
+            unpack(path, data / entry["to"], entry["strip"])
+
+
+def unpack(path: Path, folder: Path, strip: int | str) -> None:
+    """PATH.unpacked, written last, says that all of it is there."""
+    done = Path(f"{path}.unpacked")
+    if done.is_file():
+        print(f"{path}: unpacked earlier")
+        return
+    files, new, reported = 0, 0, time.time()
+    try:
+        for name, size, read in members(path):
+            parts = PurePosixPath(name).parts
+            parts = parts[-1:] if strip == "all" else parts[strip:]
+            if not parts or name.startswith("/") or ".." in parts:
+                continue                                             # a folder of the archive alone, or not a place below ours
+            target = folder.joinpath(*parts)
+            files += 1
+            if target.is_file() and target.stat().st_size == size:
+                continue
+            with disk_errors(target, note="what is unpacked already is kept: make room and repeat the same command"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(target.name + ".part")
+                with read() as source, open(part, "wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                os.replace(part, target)
+            new += 1
+            if time.time() - reported > 5:
+                reported = time.time()
+                print(f"{path}: {files:,} files", flush=True)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zipfile.LargeZipFile) as error:
+        raise UserError(f"{path}: is not a whole archive ({error}); fetch it again") from None
+    write_json(done, {"to": str(folder), "files": files})
+    print(f"{path}: {files:,} files in {folder}, {new:,} of them new")
+
+
+def members(path: Path) -> Iterator[tuple]:
+    """(name, size, a function that opens it) of each file of a .zip, .tar or .tar.gz."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    yield info.filename, info.file_size, lambda info=info: archive.open(info)
+    else:
+        with tarfile.open(path) as archive:
+            for info in archive:
+                if info.isfile():
+                    yield info.name, info.size, lambda info=info: archive.extractfile(info)
+
+
+def link_all(data: Path, links: dict[str, str]) -> None:
+    for link, target in links.items():
+        link, target = data / link, data / target
+        if os.path.lexists(link):
+            print(f"{link}: is there")
+        elif not target.is_dir():
+            print(f"{link}: not yet, {target} is absent")
+        else:
+            with disk_errors(link):
+                make_folder(link.parent)
+                link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+            print(f"{link}: a link to {target}")
+
+
+# -----------------------------------------------------------------------------
+# RLAIF-V
+
+def convert_preferences(folder: Path) -> None:
+    """question, chosen and rejected as they are, the picture's bytes to images/IMAGE_PATH."""
+    target, paths = folder / "rlaif_v.json", sorted(folder.glob("RLAIF-V-Dataset_*.parquet"))
+    if target.is_file():
+        print(f"{target}: is there, {count_rows(target):,} pairs")
+        return
+    if not paths:
+        print(f"{folder / 'RLAIF-V-Dataset_*.parquet'}: absent; from dataset openbmb/RLAIF-V-Dataset")
+        return
+    pairs = 0
+    with atomic(target) as tmp, open(tmp, "w", encoding="utf-8") as file:
+        for path in paths:
+            for row in parquet_rows(path):
+                picture = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
+                name = PurePosixPath(row["image_path"] or f"{row['ds_name']}_{row['idx']}.jpg")
+                if name.is_absolute() or ".." in name.parts:
+                    raise UserError(f"{path}: image_path {row['image_path']!r} leads out of the folder; fetch the file again")
+                image = folder / "images" / name
+                if not (image.is_file() and image.stat().st_size == len(picture)):
+                    with disk_errors(image):
+                        image.parent.mkdir(parents=True, exist_ok=True)
+                        image.write_bytes(picture)
+                pair = {"id": f"{row['ds_name']} {row['idx']}", "image": str(name),
+                        **{key: row[key] for key in ("question", "chosen", "rejected", "origin_dataset")}}
+                file.write(("[\n" if pairs == 0 else ",\n") + json.dumps(pair, ensure_ascii=False))
+                pairs += 1
+            print(f"{path}: {pairs:,} pairs so far", flush=True)
+        file.write("\n]\n")
+    print(f"{target}: {pairs:,} pairs")
+
+
+def parquet_rows(path: Path) -> Iterator[dict]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    columns = ["ds_name", "image", "question", "chosen", "rejected", "origin_dataset", "idx", "image_path"]
+    try:
+        file = parquet.ParquetFile(path)
+        missing = [column for column in columns if column not in file.schema_arrow.names]
+        if missing:
+            raise UserError(f"{path}: has no column {missing[0]}, found {', '.join(file.schema_arrow.names)}; is it RLAIF-V's file?")
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); fetch it again") from None
+
+
+# -----------------------------------------------------------------------------
+# The mixture of d2s
+
+def mix(data: Path, config: Config) -> None:
+    target = data / Path(MIXTURE).relative_to("data")
+    if target.is_file():
+        print(f"{target}: is there, {count_rows(target):,} rows")
+        return
+    paths = [data / "d2s" / name for name in [*WHOLE, FILLER]]
+    absent = [str(path) for path in paths if not path.is_file()]
+    if absent:
+        print(f"{target}: not yet, absent: {', '.join(absent)}")
+        return
+    with atomic(target) as tmp, open(tmp, "w", encoding="utf-8") as file:
+        total = 0
+        for path in paths[:-1]:
+            count = 0
+            for _, _, row in read_rows(str(path)):
+                write_row(file, row)
+                count += 1
+            total += count
+            print(f"{path.name}: all {count:,} rows", flush=True)
+        rows = [row for _, _, row in read_rows(str(paths[-1]))]
+        always, chosen = choose([first_folder(row) for row in rows], config.d2s_rows - total)
+        for number in np.sort(np.concatenate([always, chosen])):
+            write_row(file, rows[number])
+        print(f"{FILLER}: {len(always):,} rows of ScienceQA and {len(chosen):,} of the others, of {len(rows):,}")
+    print(f"{target}: {total + len(always) + len(chosen):,} rows")
+
+
+def write_row(file, row: object) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def first_folder(row: object) -> str:
+    image = row.get("image") if isinstance(row, dict) else None
+    return image.split("/")[0].lower() if isinstance(image, str) else ""
+
+
+def choose(folders: list[str], wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the filler that are all taken, and of the others those whose number has the smallest hash."""
+    folders = np.array(folders)
+    always = np.flatnonzero(np.isin(folders, ALL_OF))
+    possible = np.flatnonzero(~np.isin(folders, [*ALL_OF, *NONE_OF]))
+    missing = wanted - len(always)
+    if not 0 <= missing <= len(possible):
+        raise UserError(f"{FILLER}: {wanted:,} rows are wanted of it, and it has {len(always):,} of ScienceQA and {len(possible):,} others "
+                        "to choose from; another --d2s_rows?")
+    order = np.array([int.from_bytes(hashlib.sha256(b"%d" % number).digest()[:8], "big") for number in possible], np.uint64).argsort()
+    return always, possible[order[:missing]]
+
+
+# -----------------------------------------------------------------------------
+# Counting
+
+def check(data: Path, archives: list[dict], d2s_rows: int) -> None:
+    """What is there, next to what its source says. Rows and their images, one by one: python -m tools.check."""
+    stated = {}
+    for entry in read_manifest("all"):
+        known, rows, to = stated.get(entry["path"], (True, 0, 1))
+        same = entry["stage"] in ("teacher_align",)                  # the same file once more
+        stated[entry["path"]] = (known and entry["rows"] is not None, rows + (entry["rows"] or 0) * (not same), max(to, entry["rows_to"] or 1))
+    stated[MIXTURE] = (True, d2s_rows, 1)
+    for path, (is_known, rows, to) in stated.items():
+        found = data / Path(path).relative_to("data")
+        expected = f"{'about ' * (to > 1)}{rows:,} expected" if is_known else f"the source does not state all of its rows ({rows:,} of them)"
+        print(f"{found}: " + (f"{count_rows(found):,} rows, {expected}" if found.is_file() else f"absent, {expected}"))
+    for entry in archives:
+        records = [json.loads(path.read_text()) for path in sorted(data.glob(entry["archive"] + ".unpacked"))]
+        files = sum(record["files"] for record in records)
+        print(f"{data / entry['to']}: {files:,} files of {len(records)} archives" + (f", {entry['images']:,} expected" if entry["images"] else ""))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, DEFAULTS)

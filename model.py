@@ -262,11 +262,14 @@ class KVCache:
                 setattr(self, name, wider)
 
     def start_pass(self, T: int, valid: torch.Tensor | None) -> torch.Tensor:
-        """Place T more tokens in each row, of which those in `valid` (B, T) are not padding -> their positions (B, T)."""
+        """Place T more tokens in each row, those at the flat positions `valid` not padding -> their positions (B, T)."""
         self.is_first_pass = self.length == 0
         self.positions = self.row_lengths[:, None] + torch.arange(T, device=self.k.device)
         self.length += T
-        self.row_lengths = self.row_lengths + (T if valid is None else valid.sum(1))
+        if valid is None:
+            self.row_lengths = self.row_lengths + T
+        else:
+            self.row_lengths = self.row_lengths.index_add(0, valid // T, torch.ones_like(valid))
         if not self.is_first_pass:
             slots = torch.arange(self.length, device=self.k.device)
             self.attn_mask = (slots <= self.positions[:, :, None])[:, None]
@@ -386,7 +389,7 @@ class Decoder(nn.Module):
                 cache: KVCache | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """(B, T, D) -> normed hidden states (B, T, D), and the routing of each sparse layer in order.
 
-        `valid` (B, T) is False at padding; only the routers use it.
+        valid: flat positions of all but padding (None: of all), see `flat`; only the routers use it.
         """
         B, T, D = x.shape
         positions = torch.arange(T, device=x.device)[None] if cache is None else cache.start_pass(T, valid)   # (B or 1, T)
@@ -426,6 +429,35 @@ def sample_token(logits: torch.Tensor, temperature: float, uniform: torch.Tensor
 
 
 # -----------------------------------------------------------------------------
+# Positions of a batch. Selecting by a mask makes the CPU wait for a GPU, which has to count first; selecting by indices
+# does not. So train.py finds the indices while the batch is still on the CPU.
+
+def flat(mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool -> (n,) the positions b * T + t where it is true, in reading order."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def valid_positions(input_ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
+    """(B, T) -> (B, T) bool: False at the padding on the right, after a row's last token that is not padding."""
+    if pad_token_id is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)                  # (T,)
+    length = (position * (input_ids != pad_token_id)).amax(1, keepdim=True)                      # (B, 1)
+    return position <= length
+
+
+def image_positions(input_ids: torch.Tensor, n_images: int, config: LlavaConfig) -> torch.Tensor:
+    """(B, T) -> flat positions (N*P,). ValueError unless the rows have room for exactly so many images."""
+    is_image, P = input_ids == config.image_token_id, config.image_tokens                        # (B, T)
+    per_row = is_image.sum(1)                                        # (B,)
+    if int(per_row.sum()) != n_images * P or bool((per_row % P).any()):
+        room = ", ".join(f"{count / P:g}" for count in per_row.tolist())
+        raise ValueError(f"the batch has {n_images} images of {P} positions each, but its rows have room for "
+                         f"{room} of them")
+    return flat(is_image)
+
+
+# -----------------------------------------------------------------------------
 # Llava: the three parts as one model
 
 class Llava(nn.Module):
@@ -447,38 +479,26 @@ class Llava(nn.Module):
             return weight.new_zeros(0, self.config.image_tokens, self.config.vision.n_embd)
         return self.vision(pixel_values.to(weight.device))
 
-    def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """Text embeddings with the image vectors at the image positions: (B, T), (N, P, Dv) -> (B, T, D)."""
-        is_image = input_ids == self.config.image_token_id           # (B, T)
-        self.check_image_positions(is_image, len(features))
+        if image is None:
+            image = image_positions(input_ids, len(features), self.config)
         x = self.decoder.embedding(input_ids)                        # (B, T, D)
         # In a batch without images the adaptor runs on an empty tensor. Its gradients are then zero instead of missing,
         # which DistributedDataParallel needs. (The released code runs a black image through the ViT for that.)
-        vectors = self.adaptor(features)                             # (N, P, D)
-        return x.masked_scatter(is_image[:, :, None], vectors.to(x.dtype))   # images in reading order
+        vectors = self.adaptor(features).flatten(0, 1)               # (N*P, D), images in reading order
+        return x.flatten(0, 1).index_copy(0, image, vectors.to(x.dtype)).view_as(x)
 
-    def check_image_positions(self, is_image: torch.Tensor, n_images: int) -> None:
-        per_row = is_image.sum(1)                                    # (B,)
-        P = self.config.image_tokens
-        if int(per_row.sum()) != n_images * P or bool((per_row % P).any()):
-            room = ", ".join(f"{count / P:g}" for count in per_row.tolist())
-            raise ValueError(f"the batch has {n_images} images of {P} positions each, but its rows have room for "
-                             f"{room} of them")
-
-    def valid_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) -> (B, T) bool: False at the padding on the right, after a row's last token that is not padding."""
-        if self.config.pad_token_id is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)              # (T,)
-        length = (position * (input_ids != self.config.pad_token_id)).amax(1, keepdim=True)      # (B, 1)
-        return position <= length
-
-    def hidden_states(self, input_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
+    def hidden_states(self, input_ids: torch.Tensor, features: torch.Tensor, valid: torch.Tensor | None = None,
+                      image: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Routing]]:
         """(B, T), (N, P, Dv) -> the decoder's last hidden states (B, T, D) and the routings.
 
         The training objectives start here: they select the response positions first and apply the head to those only.
+        valid, image: flat positions (see `flat`) of all but padding, and of images; None: found here.
         """
-        return self.decoder(self.embed(input_ids, features), self.valid_positions(input_ids))
+        if valid is None:
+            valid = flat(valid_positions(input_ids, self.config.pad_token_id))
+        return self.decoder(self.embed(input_ids, features, image), valid)
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) padded on the right, (N, 3, S, S) the images in reading order -> logits (B, T, V).
@@ -496,9 +516,9 @@ class Llava(nn.Module):
     @torch.no_grad()
     def read(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Put the tokens (B, T) behind those in the cache -> the hidden state of each row's last token (B, D)."""
-        valid = self.valid_positions(input_ids)                      # (B, T)
+        valid = valid_positions(input_ids, self.config.pad_token_id)   # (B, T)
         cache.reserve(cache.length + input_ids.shape[1], f"a prompt of {input_ids.shape[1]:,} tokens")
-        hidden, _ = self.decoder(self.embed(input_ids, self.encode_images(pixel_values)), valid, cache)
+        hidden, _ = self.decoder(self.embed(input_ids, self.encode_images(pixel_values)), flat(valid), cache)
         last = (valid.sum(1) - 1).clamp(min=0)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
@@ -519,6 +539,7 @@ class Llava(nn.Module):
         if filler is None and ends:
             filler = ends[0]
         ends = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
+        banned = torch.tensor(banned or [], dtype=torch.long, device=input_ids.device)
 
         cache = self.make_cache(len(input_ids)) if cache is None else cache
         cache.reserve(cache.length + input_ids.shape[1] + max_new_tokens, f"max_new_tokens={max_new_tokens:,}")
@@ -528,7 +549,7 @@ class Llava(nn.Module):
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for i in range(max_new_tokens):
             logits = self.decoder.head(hidden).float()                                        # (B, V)
-            if banned:
+            if len(banned):
                 logits[:, banned] = -torch.inf
             token = sample_token(logits, temperature, None if uniforms is None else uniforms[:, i])      # (B,)
             if filler is not None:

@@ -63,14 +63,14 @@ class SparseFFN(nn.Module):
             weight_NA = weight_NA / weight_NA.sum(-1, keepdim=True)
         return weight_NA, Routing(probs_NE, expert_NA)
 
-    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
-        """(B, T, D) -> (B, T, D) and the routing of the tokens where `valid_BT` is true (None: of all tokens).
+    def forward(self, x_BTD: torch.Tensor, valid_N: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
+        """(B, T, D) -> (B, T, D) and the routing of the tokens at the flat positions valid_N, b * T + t (None: of all).
 
         The output at padding is zero; the residual stream carries those positions on, unused.
         """
-        if valid_BT is None:
-            valid_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-        x_ND = x_BTD[valid_BT]
+        x_ND = x_BTD.flatten(0, 1)
+        if valid_N is not None:
+            x_ND = x_ND.index_select(0, valid_N)
         weight_NA, routing = self.route(x_ND)
 
         # Sort the N*A assignments by expert, so that each expert's tokens are contiguous: one gather before the experts
@@ -78,20 +78,21 @@ class SparseFFN(nn.Module):
         # tensor, and with a few large experts it was no faster on the CPU.)
         assigned = routing.expert_NA.flatten()                                                # (N*A)
         order = assigned.argsort(stable=True)
-        sizes = assigned.bincount(minlength=len(self.experts)).tolist()
-        inputs = x_ND[order // self.top_k].split(sizes)
+        numbers = torch.arange(len(self.experts), device=assigned.device)
+        sizes = (assigned[:, None] == numbers).sum(0).tolist()        # here the CPU has to wait for the GPU
+        inputs = x_ND.index_select(0, order // self.top_k).split(sizes)
         # An expert without tokens runs too, on an empty tensor. Its gradient is then zero instead of missing:
         # DistributedDataParallel waits for every gradient and would hang.
         outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs)])           # (N*A, D), by expert
-        outputs_NAD = outputs[order.argsort()].unflatten(0, (-1, self.top_k))                 # by token again
+        outputs_NAD = outputs.index_select(0, order.argsort()).unflatten(0, (-1, self.top_k))  # by token again
         y_ND = (weight_NA[:, :, None] * outputs_NAD).sum(1).to(x_ND.dtype)                    # eq. 2
-        y_BTD = torch.zeros_like(x_BTD)
-        y_BTD[valid_BT] = y_ND
-        return y_BTD, routing
+        if valid_N is not None:
+            y_ND = torch.zeros_like(x_BTD).flatten(0, 1).index_copy(0, valid_N, y_ND)
+        return y_ND.view_as(x_BTD), routing
 
 
-def balance_loss(routing: Routing, valid_BT: torch.Tensor) -> torch.Tensor:
-    """How unevenly one layer uses its experts, per sequence: E * sum_e f_e P_e -> (B,).
+def balance_loss(routing: Routing, row_N: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """How unevenly one layer uses its experts, per sequence: E * sum_e f_e P_e -> (B,). row_N: the sequence of each token.
 
     f_e is the fraction of the sequence's N*A assignments that went to expert e (a count: no gradient), P_e the router's
     mean probability of e (this carries the gradient). 1 for uniform routing, up to E if all tokens go to one expert.
@@ -100,16 +101,15 @@ def balance_loss(routing: Routing, valid_BT: torch.Tensor) -> torch.Tensor:
     # choices only and, in the dense-to-sparse stage, twice. We count all A choices and add it once.
     # Per sequence, so that the value does not depend on how a batch is split into micro-batches.
     n_expert = routing.probs_NE.shape[1]
-    row_N = torch.where(valid_BT)[0]                                  # the sequence that each valid token belongs to
-    tokens_B1 = valid_BT.sum(1, keepdim=True).clamp(min=1)
+    zeros_BE = routing.probs_NE.new_zeros(n_rows, n_expert)
+    tokens_B1 = zeros_BE[:, :1].index_add(0, row_N, torch.ones_like(routing.probs_NE[:, :1])).clamp(min=1)
     chosen_NE = F.one_hot(routing.expert_NA, n_expert).sum(1).float()
-    zeros_BE = routing.probs_NE.new_zeros(valid_BT.shape[0], n_expert)
     f_BE = zeros_BE.index_add(0, row_N, chosen_NE) / (tokens_B1 * routing.expert_NA.shape[1])
     P_BE = zeros_BE.index_add(0, row_N, routing.probs_NE) / tokens_B1
     return n_expert * (f_BE * P_BE).sum(1)
 
 
-def expert_counts(routing: Routing, valid_BT: torch.Tensor, image_BT: torch.Tensor) -> torch.Tensor:
+def expert_counts(routing: Routing, is_image_N: torch.Tensor) -> torch.Tensor:
     """Assignments per expert, for image and text tokens separately -> (2, E): row 0 image, row 1 text.
 
     A row divided by its sum is the load of each expert; comparing the two shows whether experts specialize by modality.
@@ -117,8 +117,8 @@ def expert_counts(routing: Routing, valid_BT: torch.Tensor, image_BT: torch.Tens
     """
     n_expert = routing.probs_NE.shape[1]
     chosen_NE = F.one_hot(routing.expert_NA, n_expert).sum(1)
-    is_image_N = image_BT[valid_BT]
-    return torch.stack([chosen_NE[is_image_N].sum(0), chosen_NE[~is_image_N].sum(0)])
+    image_E = (chosen_NE * is_image_N[:, None]).sum(0)
+    return torch.stack([image_E, chosen_NE.sum(0) - image_E])
 
 
 # -----------------------------------------------------------------------------

@@ -18,10 +18,10 @@ teacher. Everything else is shared.
 Read top-down: 1. settings, 2. the loss of a micro-batch, 3. one optimizer step, 4. the loop, 5. setting up.
 
 out_dir/ receives the student as a Hugging Face folder, log.jsonl (a record per step), run.json (settings and versions)
-and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit
-(engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
+and state/ (what resuming needs). The same command resumes an interrupted run from its last save, bit for bit (on a GPU
+with --deterministic; engine/resume.py). How a step is distributed over GPUs: engine/distributed.py.
 """
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_uses, check_values, given_settings
+from configurator import Config, UserError, given_settings
 from configurator import run as run_program                          # first: from here on, Ctrl-C ends in one line
 
 import math
@@ -33,7 +33,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,15 +43,17 @@ from engine import distributed, log, resume
 from engine.chunked import CHUNK, chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder, write_lines
-from engine.hf import check_same_tokens, describe_llava, read_llava_config, require_tokenizer, same_vision
+from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
+from engine.settings import (FEATURE_WEIGHTS, INPUTS, MACHINE_LOCAL, MAY_CHANGE, check_no_effect, check_settings,
+                             layer_numbers)
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
-from losses import (PREFERENCE_LOSSES, TOKEN_LOSSES, TeacherReference, affinity_mse, cached_distillation, cross_entropy,
-                    distillation, hidden_mse, relation_cosine, soften)
-from model import Llava
-from moe import SparseFFN, balance_loss, expert_counts, sparse_layers, upcycle
+from losses import (PREFERENCE_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cached_distillation,
+                    cross_entropy, distillation, hidden_mse, relation_cosine, soften)
+from model import Llava, LlavaConfig, flat, image_positions, valid_positions
+from moe import SparseFFN, balance_loss, expert_counts, upcycle
 
 # -----------------------------------------------------------------------------
 # 1. Settings
@@ -118,6 +119,7 @@ DEFAULTS = dict(
     dtype="bfloat16",           # of the matrix products and the frozen weights; trainable weights are kept in fp32
     device="",                  # cpu | cuda; empty: cuda if there is one
     parallel="ddp",             # ddp | fsdp: what several ranks keep each (engine/distributed.py)
+    deterministic=False,        # on a GPU: no atomic additions, whose order varies; slower, and bit for bit the same again
     compile=False,              # torch.compile each layer: minutes at the start, faster steps
     checkpointing=False,        # recompute each decoder layer in the backward pass instead of keeping its activations
     save_every=1000,            # steps between saves, of which the last two are kept
@@ -134,49 +136,25 @@ TRAINABLE = {
     "pd": ["adaptor.", ".ffn.experts.", ".ffn.router."],
 }
 DENSE_FFN = [".ffn.gate_proj.", ".ffn.up_proj.", ".ffn.down_proj."]
-WITH_TEACHER = ["d2d", "d2s", "pd"]
 STAGE_DEFAULTS = {"d2d": {"ce_weight": 0.0}}           # eq. 6 is the KL alone
-FEATURE_WEIGHTS = ["hidden_weight", "affinity_weight", "relation_weight"]     # need the teacher's hidden states
-
-ALLOWED = {
-    "stage": list(TRAINABLE), "template": ["", *data.TEMPLATES], "kd_tokens": ["response", "all", "response+image"],
-    "kd_loss": list(TOKEN_LOSSES), "kd_shift": ["aligned", "late"], "hidden_tokens": ["response", "all"],
-    "preference_loss": list(PREFERENCE_LOSSES), "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"],
-    "parallel": ["ddp", "fsdp"],
-    **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
-                     "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
-    **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "val_rows", "val_every", "balance_coef", "seed", "ce_weight", "kd_weight",
-                     *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
-    "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
-    "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
-    "num_workers": ("a number from 0 to 1000", lambda x: 0 <= x <= 1000),
-    "max_length": ("a number from 1 to a million", lambda x: 1 <= x <= 10**6),
-}
-# Settings that may change when an interrupted run is resumed.
-MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "compile", "checkpointing", "save_every",
-              "log_every", "val_every", "dry_run"]
-# What a run is made from: the places may change, the content must stay the same (`fingerprints`).
-INPUTS = ["student", "teacher", "vision", "llm", "data"]
-# Settings that may differ from machine to machine.
-MACHINE_LOCAL = [*INPUTS, "image_dir", "teacher_cache", "device", "num_workers"]
 
 
 # -----------------------------------------------------------------------------
 # 2. The loss of one micro-batch: B rows of T positions, of which N go through the output head
 
-class Positions(NamedTuple):
-    """Which positions of a batch each loss is about, (B, T) bool."""
-    response: torch.Tensor     # the next token belongs to a response
-    distilled: torch.Tensor    # kd_tokens and kd_shift
-    hidden: torch.Tensor       # hidden_tokens
-    image: torch.Tensor        # an image position
+def collate_rows(samples: list[dict], llava: LlavaConfig, config: Config) -> dict:
+    collate = data.collate_pairs if config.stage == "pd" else data.collate
+    return add_positions(collate(samples, llava.pad_token_id), llava, config)
 
 
-def find_positions(batch: dict, llava: Llava, config: Config) -> Positions:
-    """The one place where labels are shifted: what is predicted at t is the token at t+1."""
-    valid = llava.valid_positions(batch["input_ids"])
-    image = batch["input_ids"] == llava.config.image_token_id
-    response = shift_left(batch["mask"], False)
+def add_positions(batch: dict, llava: LlavaConfig, config: Config) -> dict:
+    """The batch, and which of its positions each loss is about, as flat indices b * T + t (why: see model.py's `flat`).
+
+    The one place where labels are shifted: what is predicted at t is the token at t+1.
+    """
+    ids = batch["input_ids"]                                         # (B, T)
+    valid, image = valid_positions(ids, llava.pad_token_id), ids == llava.image_token_id
+    response = shift_left(batch["mask"], False)                      # the next token belongs to a response
     distilled = response
     if config.teacher and config.stage != "pd":
         tokens = valid & ~image if config.kd_tokens == "all" else batch["mask"]
@@ -184,7 +162,17 @@ def find_positions(batch: dict, llava: Llava, config: Config) -> Positions:
         distilled = tokens if config.kd_shift == "late" else shift_left(tokens, False)
         if config.kd_tokens == "response+image":
             distilled = distilled | image
-    return Positions(response, distilled, valid if config.hidden_tokens == "all" else response, image)
+    head = response | distilled                                      # only these N go through the output head
+    n_images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"]) * (2 if config.stage == "pd" else 1)
+    return batch | {"valid": flat(valid), "image": image_positions(ids, n_images, llava),
+                    "head": flat(head), "targets": shift_left(ids, 0)[head], "is_response": response[head],
+                    "is_distilled": distilled[head],
+                    "hidden": flat(valid if config.hidden_tokens == "all" else response)}
+
+
+def select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, T, D), flat positions (N,) -> (N, D)."""
+    return states.flatten(0, 1).index_select(0, positions)
 
 
 def shift_left(x: torch.Tensor, last: int | bool) -> torch.Tensor:
@@ -198,12 +186,14 @@ def image_features(llava: Llava, batch: dict, stage: str) -> torch.Tensor:
     return torch.cat([features, features]) if stage == "pd" else features
 
 
-def sequence_logprobs(llava: Llava, states: torch.Tensor, batch: dict, response: torch.Tensor) -> torch.Tensor:
-    """log p(response | prompt) of each row: (B, T, D), (B, T) -> (B,)."""
-    targets = shift_left(batch["input_ids"], 0)[response]            # (N,)
-    each, _ = chunked_loss(states[response], llava.decoder.head_weight, partial(token_logprob, targets=targets))   # (N,)
-    row = torch.where(response)[0]                                   # (N,) the row of each response token
-    return torch.zeros(len(response), device=states.device).index_add(0, row, each)
+def sequence_logprobs(llava: Llava, states: torch.Tensor, batch: dict) -> torch.Tensor:
+    """log p(response | prompt) of each row: (B, T, D) -> (B,)."""
+    # Logits in fp32: rounded to bf16 they put the log-prob of an answer, a sum over its tokens, off by about 0.1.
+    with torch.autocast(states.device.type, enabled=False):
+        each, _ = chunked_loss(at_least_fp32(select(states, batch["head"])), llava.decoder.head_weight,
+                               partial(token_logprob, targets=batch["targets"]))                 # (N,)
+    rows, T, _ = states.shape
+    return torch.zeros(rows, device=states.device).index_add(0, batch["head"] // T, each)
 
 
 def token_logprob(logits: torch.Tensor, chunk: slice, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -214,11 +204,10 @@ def token_logprob(logits: torch.Tensor, chunk: slice, targets: torch.Tensor) -> 
 @torch.no_grad()
 def teacher_reference(teacher: Llava, batch: dict, features: torch.Tensor, config: Config) -> TeacherReference:
     """What the student is compared with: the teacher's hidden states and head, or in pd its answers' log-probs."""
-    states, _ = teacher.hidden_states(batch["input_ids"], features)                              # (B, T, D')
-    at = find_positions(batch, teacher, config)
+    states, _ = teacher.hidden_states(batch["input_ids"], features, batch["valid"], batch["image"])   # (B, T, D')
     if config.stage == "pd":
-        return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, states, batch, at.response))
-    hidden, keep = states[at.response | at.distilled], any(config[key] for key in FEATURE_WEIGHTS)
+        return TeacherReference(sequence_logprobs=sequence_logprobs(teacher, states, batch))
+    hidden, keep = select(states, batch["head"]), any(config[key] for key in FEATURE_WEIGHTS)
     return TeacherReference(states=states if keep else None, hidden=hidden, head=teacher.decoder.head_weight)
 
 
@@ -270,11 +259,11 @@ class Objective(nn.Module):
         and ranks, the shares are the means over the global batch.
         """
         config, student, input_ids = self.config, self.student, batch["input_ids"]
-        states, routings = student.hidden_states(input_ids, features)                            # (B, T, D)
-        at = find_positions(batch, student, config)
+        states, routings = student.hidden_states(input_ids, features, batch["valid"], batch["image"])      # (B, T, D)
+        is_image = input_ids == student.config.image_token_id        # (B, T)
 
         if config.stage == "pd":
-            chosen, rejected = sequence_logprobs(student, states, batch, at.response).chunk(2)   # (B,) each
+            chosen, rejected = sequence_logprobs(student, states, batch).chunk(2)                # (B,) each
             ref_chosen, ref_rejected = teacher.sequence_logprobs.chunk(2)
             each = PREFERENCE_LOSSES[config.preference_loss](chosen, rejected, ref_chosen, ref_rejected, config.beta)
             loss = each.sum() / total["pairs"]                                                   # eq. 8
@@ -283,36 +272,36 @@ class Objective(nn.Module):
                     "rejected": rejected}
             parts = {name: value.sum() / total["pairs"] for name, value in sums.items()}
         else:
-            mask = at.response | at.distilled                        # only these go through the head
             reference = teacher if config.kd_weight else None
             loss = partial(
-                chunk_loss, targets=shift_left(input_ids, 0)[mask], is_response=at.response[mask],
-                is_distilled=at.distilled[mask], teacher=reference, config=config, total=total,
+                chunk_loss, targets=batch["targets"], is_response=batch["is_response"], is_distilled=batch["is_distilled"],
+                teacher=reference, config=config, total=total,
                 ce_weight=0.0 if "sampled" in batch else config.ce_weight)                       # sampled: not data
-            each, sums = chunked_loss(states[mask], student.decoder.head_weight, loss, teacher=reference)
+            each, sums = chunked_loss(select(states, batch["head"]), student.decoder.head_weight, loss, teacher=reference)
             loss = each.sum()
             parts = {name: value.sum() / total["response" if name == "ce" else "distilled"] for name, value in sums.items()}
             if "sampled" in batch:                                   # its own answers: their cross-entropy is no error
                 del parts["ce"]
 
         if config.hidden_weight:
-            each = hidden_mse(self.hidden_map(states[at.hidden]), teacher.states[at.hidden])     # (N,)
+            each = hidden_mse(self.hidden_map(select(states, batch["hidden"])), select(teacher.states, batch["hidden"]))
             parts["hidden"] = each.sum() / total["hidden"]
             loss = loss + config.hidden_weight * parts["hidden"]
         if config.affinity_weight:
-            each = affinity_mse(states, teacher.states, at.image, at.response)                   # (B,)
+            each = affinity_mse(states, teacher.states, is_image, shift_left(batch["mask"], False))      # (B,)
             parts["affinity"] = each.sum() / max(total["image_rows"], 1)
             loss = loss + config.affinity_weight * parts["affinity"]
         if config.relation_weight:
-            each = relation_cosine(states, teacher.states, at.image)                             # (B,)
+            each = relation_cosine(states, teacher.states, is_image)                             # (B,)
             parts["relation"] = each.sum() / max(total["image_rows"], 1)
             loss = loss + config.relation_weight * parts["relation"]
         if routings:
-            valid = student.valid_positions(input_ids)
-            balance = sum(balance_loss(routing, valid).sum() for routing in routings)   # over layers and sequences
+            rows, T = input_ids.shape
+            balance = sum(balance_loss(routing, batch["valid"] // T, rows).sum() for routing in routings)   # over layers, rows
             loss = loss + config.balance_coef * balance / total["rows"]
             parts["balance"] = balance / total["rows"]
-            parts["counts"] = torch.stack([expert_counts(routing, valid, at.image) for routing in routings])   # (layers, 2, E)
+            is_image_N = is_image.flatten().index_select(0, batch["valid"])
+            parts["counts"] = torch.stack([expert_counts(routing, is_image_N) for routing in routings])   # (layers, 2, E)
         return loss, {name: value.detach() for name, value in parts.items()}
 
 
@@ -371,9 +360,11 @@ def train_step(run: Run, micro_batches: list[dict], total: dict[str, int], lr: f
     for i, batch in enumerate(micro_batches):
         batch = to_device(dist.device, batch)
         is_last = i == len(micro_batches) - 1                        # gradients are averaged over ranks once per step
-        with nullcontext() if is_last else distributed.no_sync(run.objective), autocast(config, dist.device):
-            features = image_features(run.student, batch, config.stage)
-            loss, parts = run.objective(batch, features, reference_of(run, batch, features), total)
+        with nullcontext() if is_last else distributed.no_sync(run.objective):
+            with autocast(config, dist.device):
+                features = image_features(run.student, batch, config.stage)
+                loss, parts = run.objective(batch, features, reference_of(run, batch, features), total)
+            # Outside of autocast, which would compute the gradients of fp32 products, the router's, in bf16.
             (loss * dist.world_size).backward()                      # the average over ranks becomes the sum
         loss_sum += loss.detach()
         for name, value in parts.items():
@@ -405,15 +396,14 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def count_batch(micro_batches: list[dict], student: Llava, config: Config) -> dict[str, int]:
+def count_batch(micro_batches: list[dict], config: Config) -> dict[str, int]:
     """This rank's part of every count that a sum is divided by, and of all tokens."""
     total = Counter({"response": 0, "distilled": 0, "hidden": 0, "image_rows": 0, "rows": 0, "pairs": 0, "tokens": 0})
     for batch in micro_batches:
-        rows, at = len(batch["input_ids"]), find_positions(batch, student, config)
-        total.update({"response": int(at.response.sum()), "distilled": int(at.distilled.sum()), "hidden": int(at.hidden.sum()),
-                      "image_rows": int(at.image.any(1).sum()), "rows": rows,
-                      "pairs": rows // 2 if config.stage == "pd" else 0,
-                      "tokens": int(student.valid_positions(batch["input_ids"]).sum())})
+        rows, T = batch["input_ids"].shape
+        total.update({"response": int(batch["is_response"].sum()), "distilled": int(batch["is_distilled"].sum()),
+                      "hidden": len(batch["hidden"]), "image_rows": len((batch["image"] // T).unique()), "rows": rows,
+                      "pairs": rows // 2 if config.stage == "pd" else 0, "tokens": len(batch["valid"])})
     return dict(total)
 
 
@@ -425,7 +415,7 @@ def sum_counts(total: dict[str, int], dist: Dist) -> dict[str, int]:
 def validate(run: Run) -> dict[str, float]:
     """The loss and its parts on the held-out rows, as if they were one batch."""
     config, dist, sums = run.config, run.dist, {}
-    total = sum_counts(count_batch(run.held_out, run.student, config), dist)
+    total = sum_counts(count_batch(run.held_out, config), dist)
     for batch in run.held_out:
         batch = to_device(dist.device, batch)
         with autocast(config, dist.device):
@@ -445,7 +435,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     if config.dry_run:
         return runpy.run_module("tools.plan")["main"](argv)
     stop = stop or Stop()
-    dist = distributed.init_distributed(config.device)
+    dist = distributed.init_distributed(config.device, tf32=config.dtype == "float32", deterministic=config.deterministic)
     out_dir = Path(config.out_dir)
     run = setup(config, dist)
     if run is None:
@@ -460,7 +450,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if is_on_policy(config, step) and micro_batches:
             micro_batches, answers = sample_step(run, micro_batches, step)
         generation = time.time() - step_began
-        total = sum_counts(count_batch(micro_batches, run.student, config) | answers | stop.votes(), dist)
+        total = sum_counts(count_batch(micro_batches, config) | answers | stop.votes(), dist)
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
                 save_state(run, step - 1)
@@ -504,8 +494,8 @@ def sample_step(run: Run, micro_batches: list[dict], step: int) -> tuple[list[di
     for batch, numbers in zip(micro_batches, rows):
         # Eager under compile: a cache that grows would be compiled again for every length, up to dynamo's limit.
         with autocast(run.config, run.dist.device), torch.compiler.set_stance("force_eager"):
-            batch, counts = sample_answers(run.student, to_device(run.dist.device, batch), numbers, run.config, step)
-        sampled.append(batch)
+            batch, counts = sample_answers(run.student, batch, numbers, run.config, step)
+        sampled.append(add_positions(batch, run.student.config, run.config))
         total.update(counts)
     return sampled, dict(total)
 
@@ -540,75 +530,6 @@ def configure(argv: list[str]) -> Config:
     return config
 
 
-def check_settings(config: Config) -> None:
-    """Whatever can be known to be wrong before anything is loaded."""
-    check_values(config, ALLOWED)
-    for key in ("out_dir", "data"):
-        if not config[key]:
-            raise UserError(f"{key} is empty: say --{key}=… or set it in the config file")
-    if bool(config.student) == bool(config.vision or config.llm) or bool(config.vision) != bool(config.llm):
-        raise UserError("give either student=…, a checkpoint to start from, or both vision=… and llm=… for a new model")
-    signals = [key for key in ("kd_weight", *FEATURE_WEIGHTS, "on_policy") if config[key]]
-    alone = config.stage == "d2s" and not signals                    # Table 6's baseline, made sparse without distillation
-    if config.stage in WITH_TEACHER and not config.teacher and not alone:
-        raise UserError(f"stage {config.stage} needs a teacher: say --teacher=…, a LLaVA folder")
-    if config.stage not in WITH_TEACHER and config.teacher:
-        raise UserError(f"stage {config.stage} uses no teacher: leave teacher empty, or choose one of "
-                        f"{', '.join(WITH_TEACHER)}")
-    if config.teacher_cache and not config.teacher:
-        raise UserError("teacher_cache keeps the outputs of a teacher: say --teacher=…, the one they come from")
-    for key in [*FEATURE_WEIGHTS, "on_policy"]:
-        if config[key] and config.teacher_cache:
-            raise UserError(f"{key}={config[key]} needs the teacher in memory, and teacher_cache holds its distributions of the "
-                            "data's answers only: leave one of the two out")
-    if config.on_policy and not any(config[key] for key in ("kd_weight", *FEATURE_WEIGHTS)):
-        raise UserError(f"on_policy={config.on_policy} samples answers to compare with the teacher's: set kd_weight or one "
-                        f"of {', '.join(FEATURE_WEIGHTS)}")
-    if config.on_policy and config.parallel == "fsdp":
-        raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
-                        "--parallel=ddp")
-    if config.kd_loss == "mse" and (config.kd_temperature != 1 or config.kd_standardize):
-        raise UserError("kd_loss=mse standardizes the logits by itself: leave kd_temperature and kd_standardize at their defaults")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no GPU here; say --device=cpu")
-
-
-def check_no_effect(config: Config, defaults: dict, given: dict) -> None:
-    """No setting is ignored without a word: what was given and would change nothing is an error."""
-    if config.max_steps and "epochs" in given:
-        raise UserError(f"epochs={config.epochs} and max_steps={config.max_steps} both say how long to train: leave one of "
-                        "them out, or say --max_steps=0")
-    stage, path, experts = config.stage, Path(config.student) / "config.json", None
-    if config.student and path.is_file():
-        decoder = read_llava_config(path).decoder
-        experts = decoder if decoder.num_experts else None
-    distills = stage in ("d2d", "d2s") and config.teacher
-    kd, signals = distills and config.kd_weight, ["kd_weight", *FEATURE_WEIGHTS, "on_policy"]
-    check_uses(config, defaults, [
-        (["template"], not config.student, "a new model (vision and llm): a checkpoint has its own"),
-        (["num_experts", "top_k", "moe_layers", "norm_topk"], stage == "d2s" or experts, "stage d2s, which makes a student sparse"),
-        (["balance_coef"], stage in ("d2s", "pd") or experts, "a sparse student"),
-        (["train_dense_ffn"], stage in ("d2s", "pd"), f"the stages d2s and pd, this is {stage}"),
-        (["ce_weight"], stage != "pd", "the other stages, this is pd"),
-        (signals, stage in ("d2d", "d2s"), f"the stages d2d and d2s, this is {stage}"),
-        (["kd_loss", "kd_tokens", "kd_temperature", "kd_standardize", "kd_shift"], kd, "d2d and d2s with a teacher and a kd_weight"),
-        (["jsd_beta"], kd and config.kd_loss == "jsd", "kd_loss=jsd"),
-        (["val_every"], config.val_rows, "a val_rows above 0"),
-        (["hidden_tokens"], config.hidden_weight, "a hidden_weight above 0"),
-        (["on_policy_tokens", "on_policy_temperature"], config.on_policy, "an on_policy above 0"),
-        (["preference_loss", "beta"], stage == "pd", f"stage pd, this is {stage}"),
-        (["teacher_top_k"], config.teacher_cache and kd, "a teacher_cache in d2d or d2s"),
-    ])
-    if experts:
-        own = {"num_experts": experts.num_experts, "top_k": experts.top_k, "norm_topk": experts.norm_topk,
-               "moe_layers": experts.sparse_layers}
-        for key, value in own.items():
-            wanted = sparse_layers(layer_numbers(config), experts.n_layer) if key == "moe_layers" else config[key]
-            if key in given and wanted != value:
-                raise UserError(f"{key}={config[key]}: the student {config.student} is sparse already, with {value}; leave "
-                                f"{key} out, or start from a dense student")
-
-
 def setup(config: Config, dist: Dist) -> Run | None:
     """Everything before the first step; None if this run is finished already. An error on any rank ends all of them."""
     say = print if dist.rank == 0 else lambda *_: None
@@ -632,7 +553,7 @@ def setup(config: Config, dist: Dist) -> Run | None:
         digests = fingerprints(config, dataset) if dist.local_rank == 0 else {}
     digests = dist.assert_same(digests)
     digests = dist.broadcast_from_rank0(lambda: resume.check_inputs(out_dir, config, digests))
-    collate = partial(data.collate_pairs if config.stage == "pd" else data.collate, pad_token_id=student.config.pad_token_id)
+    collate = partial(collate_rows, llava=student.config, config=config)
     rows, teacher, cache = dataset, None, None
     if config.teacher_cache:
         cache = open_cache(config, student, dataset, digests, collate, dist)
@@ -664,8 +585,8 @@ def setup(config: Config, dist: Dist) -> Run | None:
     # Over the ranks, and back to the saved state
     teacher_width = teacher.config.decoder.n_embd if teacher else 0
     objective, optimizer, trainable = distributed.parallelize(
-        Objective(student, config, teacher_width), dist, config.parallel, dtype, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-        eps=config.eps, weight_decay=config.weight_decay)
+        Objective(student, config, teacher_width), dist, config.parallel, dtype, lr=config.learning_rate,
+        betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
     with dist.sync_errors():
         if state:
             resume.check_state(state_file, state, trainable)
@@ -701,17 +622,6 @@ def open_student(config: Config) -> Llava:
 
 def make_sparse(student: Llava, config: Config) -> None:
     upcycle(student, config.num_experts, config.top_k, layer_numbers(config), config.norm_topk, config.seed)
-
-
-def layer_numbers(config: Config) -> str | list[int]:
-    """moe_layers as `upcycle` takes it."""
-    layers = config.moe_layers
-    if not (layers[:1].isdigit() or layers[:1] == "-"):
-        return layers
-    try:
-        return [int(number) for number in layers.split(",")]
-    except ValueError:
-        raise UserError(f"moe_layers is {layers!r}, expected layer numbers separated by commas") from None
 
 
 def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None:
@@ -781,6 +691,8 @@ def open_cache(config: Config, student: Llava, dataset: RowData, digests: dict[s
 def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int,
                     device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
     """What the cache keeps of a batch: tensors whose entries are ordered by row, and the number of entries of each row."""
+    rows, T = batch["input_ids"].shape
+    lengths = (batch["head"] // T).bincount(minlength=rows).tolist()
     batch = to_device(device, batch)
     features = image_features(teacher, batch, config.stage)
     reference = teacher_reference(teacher, batch, features, config)
@@ -792,9 +704,7 @@ def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int
         logits = soften(teacher.decoder.head(hidden)[:, :vocab_size], config.kd_temperature, config.kd_standardize)
         parts.append(top_k(logits, min(config.teacher_top_k, vocab_size)))
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))
-    at = find_positions(batch, teacher, config)
-    return ({"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail},
-            (at.response | at.distilled).sum(1).tolist())
+    return {"teacher_ids": ids.int(), "teacher_logprobs": logprobs, "teacher_tail": tail}, lengths
 
 
 def fingerprints(config: Config, dataset: RowData) -> dict[str, str]:

@@ -506,9 +506,14 @@ def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dty
     states = {tower: {} for tower in towers}
     for key, tensor in read_tensors(folder, shapes, rename):
         tower, name = ours[key]
-        states[tower][name] = tensor.to(device=device, dtype=dtype).contiguous()
+        states[tower][name] = tensor.to(device=device, dtype=router_dtype(dtype) if ".router." in name else dtype).contiguous()
     for tower in towers:
         getattr(llava, tower).load_state_dict(states[tower], strict=True, assign=True)
+
+
+def router_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Routers are stored and kept in fp32 at least: rounded to bf16, some tokens would go to other experts than in training."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class SkipInit(TorchFunctionMode):
@@ -615,7 +620,9 @@ def published_tensors(llava: Llava, weights: dict[str, torch.Tensor] | None = No
 def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None = None,
                  max_shard_bytes: int = 5 * 10**9) -> None:
     """`model.safetensors`, or shards of at most `max_shard_bytes` with an index."""
-    sizes = {key: tensor.numel() * (dtype or tensor.dtype).itemsize for key, tensor in tensors.items()}
+    dtypes = {key: dtype or tensor.dtype for key, tensor in tensors.items()}
+    dtypes |= {key: router_dtype(kind) for key, kind in dtypes.items() if key.endswith(".mlp.gate.weight")}
+    sizes = {key: tensor.numel() * dtypes[key].itemsize for key, tensor in tensors.items()}
     shards, room = [[]], max_shard_bytes
     for key, size in sizes.items():
         if size > room and shards[-1]:
@@ -634,7 +641,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
     with ExitStack() as renames:
         for name, keys in zip(names, shards):
             tmp = renames.enter_context(atomic(folder / name, size=sum(sizes[key] for key in keys)))
-            shard = {key: tensors[key].to(device="cpu", dtype=dtype or tensors[key].dtype).contiguous() for key in keys}
+            shard = {key: tensors[key].to(device="cpu", dtype=dtypes[key]).contiguous() for key in keys}
             save_file(shard, tmp, metadata={"format": "pt"})
             sync(tmp)                                                # the slow part, before the index is removed
         if len(shards) > 1:

@@ -28,12 +28,12 @@ def is_on_policy(config: Config, step: int) -> bool:
 def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config, step: int) -> tuple[dict, dict[str, int]]:
     """The batch with the student's own last answers, and counts for the log: "answers", "answer_tokens", "unfinished".
 
-    batch: input_ids (B, T), mask (B, T), pixel_values, on the student's device; rows: their numbers in the data set.
+    batch: input_ids (B, T), mask (B, T), pixel_values, all on the CPU; rows: their numbers in the data set.
     """
     starts = answer_starts(batch["mask"])
     prompts = [ids[:start].tolist() for ids, start in zip(batch["input_ids"], starts)]
     images = images_of_prompts(batch, starts, student)
-    device, pad_id = batch["input_ids"].device, student.config.pad_token_id
+    device, pad_id = student.decoder.embedding.weight.device, student.config.pad_token_id
     # row + 1, since numpy pads short seeds with zeros: [seed, step, 0] would repeat the number of is_on_policy.
     generators = [np.random.default_rng([config.seed, step, row + 1]) for row in rows]
     uniforms = np.stack([generator.random(config.on_policy_tokens) for generator in generators])
@@ -50,8 +50,8 @@ def sample_answers(student: Llava, batch: dict, rows: list[int], config: Config,
         masks.append([0] * len(prompt) + [1] * len(answer))
         counts["answer_tokens"] += len(answer)
         counts["unfinished"] += end is None
-    return batch | {"input_ids": pad_right(ids, pad_id).to(device), "mask": pad_right(masks, 0).bool().to(device),
-                    "pixel_values": images, "sampled": torch.ones(len(rows), dtype=torch.bool, device=device)}, counts
+    return batch | {"input_ids": pad_right(ids, pad_id), "mask": pad_right(masks, 0).bool(), "pixel_values": images,
+                    "sampled": torch.ones(len(rows), dtype=torch.bool)}, counts
 
 
 def answer_starts(mask: torch.Tensor) -> list[int]:

@@ -1,5 +1,7 @@
 """
-Crash recovery. A run may end at any moment; the same command continues from its last saved state, bit for bit.
+Crash recovery. A run may end at any moment; the same command continues from its last saved state, bit for bit. (On a
+GPU with --deterministic. Without it, gradients are added up in an order that varies, in attention and elsewhere, and two
+runs from one state differ in the last bits.)
 
     out_dir/run.json                   settings, inputs, package versions, and whether the run is finished
     out_dir/log.jsonl                  one record per step

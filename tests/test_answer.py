@@ -210,7 +210,8 @@ def test_an_answer_never_contains_the_image_placeholder(world, rows, tmp_path):
     config = answer.load_config(answer.DEFAULTS, flags(world, tmp_path / "a.json"))
     llava = Llava.from_pretrained(world / "teacher")
     llava.tokenizer = Spelling(llava.tokenizer)
-    [record] = answer.answer_batch(llava, rows, [0], [answer.load_pixels(rows, config, 28, 0)], config)
+    pixels = {name: answer.load_pixels(rows, config, 28, name, 0) for name in answer.image_names(rows[0].get("image"))}
+    [record] = answer.answer_batch(llava, rows, [0], pixels, config)
     assert [turn["value"] for turn in record["conversations"][1::2]] == ["see (image) <(image)>"] * 2
 
 

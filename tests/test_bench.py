@@ -154,8 +154,9 @@ def test_every_signal_is_in_its_step(options):
         alone, _ = bench.make_run(config, size)
         losses = []
         for run in (alone, bench.with_settings(shared, config)):
+            batch = train.add_positions(batch, run.student.config, config)
             batches = train.sample_step(run, [batch], 1)[0] if config.on_policy else [batch]
-            total = train.count_batch(batches, run.student, config)
+            total = train.count_batch(batches, config)
             loss, parts, grad_norm = train.train_step(run, batches, total, lr=0.0)
             assert parts.keys() == names and total["distilled"] == tokens, case
             terms = [parts[name].item() for name in names - {"ce"}]             # its weight is 0 in d2d

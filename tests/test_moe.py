@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from model import FFN, Llava
+from model import FFN, Llava, flat
 from moe import Routing, SparseFFN, balance_loss, expert_counts, sparse_layers, upcycle
 
 
@@ -30,18 +30,23 @@ def test_sparse_equals_run_every_expert_weight_and_sum(top_k, norm_topk):
             torch.testing.assert_close(y[b, t], expected, atol=1e-6, rtol=1e-5)
 
 
+def balance(routing, valid):
+    """Of a batch whose tokens are those where `valid` is true."""
+    return balance_loss(routing, torch.where(valid)[0], len(valid))
+
+
 def test_padding_is_neither_routed_nor_counted():
     layer = make_layer()
     x = torch.randn(2, 5, 16)
     valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    y, routing = layer(x, valid)
+    y, routing = layer(x, flat(valid))
     assert routing.probs_NE.shape == (8, 4) and (y[0, 3:] == 0).all()
     full, _ = layer(x)
     torch.testing.assert_close(y[valid], full[valid], atol=1e-6, rtol=1e-6)
     x[0, 3:] = 100.0
-    again, other = layer(x, valid)
+    again, other = layer(x, flat(valid))
     torch.testing.assert_close(again[valid], y[valid], atol=0, rtol=0)
-    torch.testing.assert_close(balance_loss(routing, valid), balance_loss(other, valid), atol=0, rtol=0)
+    torch.testing.assert_close(balance(routing, valid), balance(other, valid), atol=0, rtol=0)
 
 
 def test_top_1_has_weight_one_and_still_passes_gradient_to_the_router():
@@ -80,9 +85,9 @@ def test_routing_stays_in_fp32_under_autocast():
 def test_balance_loss_is_1_at_even_routing_and_grows_to_E():
     valid = torch.ones(1, 4, dtype=torch.bool)
     even = Routing(torch.full((4, 4), 0.25), torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]))
-    assert balance_loss(even, valid).tolist() == [1.0]
+    assert balance(even, valid).tolist() == [1.0]
     one = Routing(torch.tensor([[1.0, 0, 0, 0]] * 4), torch.zeros(4, 1, dtype=torch.long))
-    assert balance_loss(one, valid).tolist() == [4.0]
+    assert balance(one, valid).tolist() == [4.0]
 
 
 def test_balance_loss_worked_by_hand():
@@ -94,15 +99,15 @@ def test_balance_loss_worked_by_hand():
     probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]])
     routing = Routing(probs, torch.tensor([[0], [0], [1], [1]]))
     valid = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    torch.testing.assert_close(balance_loss(routing, valid), torch.tensor([2 * (2 / 3 * 0.6 + 1 / 3 * 0.4), 1.6]))
+    torch.testing.assert_close(balance(routing, valid), torch.tensor([2 * (2 / 3 * 0.6 + 1 / 3 * 0.4), 1.6]))
 
 
 def test_balance_loss_does_not_depend_on_other_rows_of_the_batch():
     layer = make_layer()
     x = torch.randn(3, 6, 16)
     valid = torch.arange(6)[None] < torch.tensor([6, 2, 4])[:, None]
-    together = balance_loss(layer(x, valid)[1], valid)
-    alone = [balance_loss(layer(x[b:b + 1], valid[b:b + 1])[1], valid[b:b + 1]) for b in range(3)]
+    together = balance(layer(x, flat(valid))[1], valid)
+    alone = [balance(layer(x[b:b + 1], flat(valid[b:b + 1]))[1], valid[b:b + 1]) for b in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
@@ -110,7 +115,7 @@ def test_balance_gradient_goes_to_the_router():
     layer = make_layer()
     x = torch.randn(1, 20, 16)
     valid = torch.ones(1, 20, dtype=torch.bool)
-    balance_loss(layer(x)[1], valid).sum().backward()
+    balance(layer(x)[1], valid).sum().backward()
     assert layer.router.weight.grad.abs().sum() > 0
 
 
@@ -118,7 +123,7 @@ def test_expert_counts_split_by_modality():
     routing = Routing(torch.full((4, 3), 1 / 3), torch.tensor([[0, 1], [0, 2], [1, 2], [1, 0]]))
     valid = torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
     image = torch.tensor([[1, 0, 1], [1, 0, 0]]).bool()              # tokens 0 and 2 of the four valid ones
-    assert expert_counts(routing, valid, image).tolist() == [[1, 2, 1], [2, 1, 1]]
+    assert expert_counts(routing, image[valid]).tolist() == [[1, 2, 1], [2, 1, 1]]
 
 
 # -----------------------------------------------------------------------------

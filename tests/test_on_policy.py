@@ -195,12 +195,14 @@ def test_ids_and_mask_worked_by_hand(dataset, student, monkeypatch):
     sampled, counts = sample_answers(student, batch_of(dataset, student, rows), rows, settings(), 1)
     assert [answer_of(sampled, i)[0] for i in range(4)] == [[end], [5, end], [5, 6, 7], [end]]
     assert counts == {"answers": 4, "answer_tokens": 7, "unfinished": 1}
-    at = train.find_positions(sampled, student, settings())
+    at = train.add_positions(sampled, student.config, settings())
+    T = sampled["input_ids"].shape[1]
     for i in range(4):
         answer, prompt = answer_of(sampled, i)
         p, n = len(prompt), len(answer)
-        for positions in (at.response, at.distilled):                # those that predict the answer's tokens, no others
-            assert positions[i].nonzero().flatten().tolist() == list(range(p - 1, p + n - 1))
+        for kind in ("is_response", "is_distilled"):                 # those that predict the answer's tokens, no others
+            positions = at["head"][at[kind]]
+            assert positions[positions // T == i].tolist() == [i * T + t for t in range(p - 1, p + n - 1)]
         assert sampled["input_ids"][i, p + n:].eq(pad).all() and not sampled["mask"][i, p + n:].any()
 
 
@@ -248,7 +250,8 @@ def test_teacher_and_student_are_compared_where_they_predict_the_answer(dataset,
     expected = slow_kl(student, teacher, sampled)
 
     def distilled(batch):
-        total = train.count_batch([batch], student, config)
+        batch = train.add_positions(batch, student.config, config)
+        total = train.count_batch([batch], config)
         reference = train.teacher_reference(teacher, batch, teacher.encode_images(batch["pixel_values"]), config)
         loss, parts = objective(batch, student.encode_images(batch["pixel_values"]), reference, total)
         return parts["kd"].item(), loss.item()
@@ -272,7 +275,8 @@ def test_no_gradient_goes_through_the_sampling(dataset, student, teacher):
     as_data = {key: value.clone() for key, value in sampled.items() if key != "sampled"}
     for batch, ce_weight in ((sampled, 1.0), (as_data, 0.0)):
         objective.config = Config(config, ce_weight=ce_weight)
-        total = train.count_batch([batch], student, config)
+        batch = train.add_positions(batch, student.config, config)
+        total = train.count_batch([batch], config)
         reference = train.teacher_reference(teacher, batch, teacher.encode_images(batch["pixel_values"]), config)
         loss, parts = objective(batch, student.encode_images(batch["pixel_values"]), reference, total)
         loss.backward()

@@ -63,21 +63,24 @@ DISTILLED = {                                                        # the posit
 }
 
 
-def positions(mask):
-    return [row.nonzero().flatten().tolist() for row in mask]
+def positions(flat, T=10, rows=2):
+    """Flat positions by row."""
+    return [[i % T for i in flat.tolist() if i // T == row] for row in range(rows)]
 
 
 @pytest.mark.parametrize("tokens, shift", DISTILLED)
 def test_the_distilled_positions_worked_by_hand(dense, tokens, shift):
     config = Config(train.DEFAULTS, stage="d2d", teacher="one", kd_tokens=tokens, kd_shift=shift)
     batch = by_hand(dense)
-    at = train.find_positions(batch, dense, config)
-    assert positions(at.distilled) == DISTILLED[tokens, shift]
-    assert positions(at.response) == RESPONSE == positions(at.hidden)     # the cross-entropy is never late
-    assert positions(at.image) == [[1, 2, 3, 4], []]
-    every = train.find_positions(batch, dense, Config(config, hidden_tokens="all"))
-    assert positions(every.hidden) == [list(range(8)), list(range(9))]    # valid, the image included
-    total = train.count_batch([batch, batch], dense, config)
+    at = train.add_positions(batch, dense.config, config)
+    assert positions(at["head"][at["is_distilled"]]) == DISTILLED[tokens, shift]
+    assert positions(at["head"][at["is_response"]]) == RESPONSE == positions(at["hidden"])   # the cross-entropy is never late
+    assert (at["is_distilled"] | at["is_response"]).all()
+    assert at["targets"][at["is_response"]].tolist() == batch["input_ids"][batch["mask"]].tolist()
+    assert positions(at["image"]) == [[1, 2, 3, 4], []] and positions(at["valid"]) == [list(range(8)), list(range(9))]
+    every = train.add_positions(batch, dense.config, Config(config, hidden_tokens="all"))
+    assert positions(every["hidden"]) == [list(range(8)), list(range(9))]      # valid, the image included
+    total = train.count_batch([at, at], config)
     n = sum(map(len, DISTILLED[tokens, shift]))
     assert total == {"response": 14, "distilled": 2 * n, "hidden": 14, "image_rows": 2, "rows": 4, "pairs": 0,
                      "tokens": 34}
@@ -86,7 +89,12 @@ def test_the_distilled_positions_worked_by_hand(dense, tokens, shift):
 def test_stages_without_distillation_have_the_response_only(dense):
     for stage, teacher in (("sft", ""), ("align", ""), ("d2s", ""), ("pd", "one")):
         config = Config(train.DEFAULTS, stage=stage, teacher=teacher, kd_tokens="all", kd_shift="late")
-        assert positions(train.find_positions(by_hand(dense), dense, config).distilled) == RESPONSE
+        batch = by_hand(dense)
+        if stage == "pd":
+            batch["pixel_values"] = None
+            batch["input_ids"][0, 1:5] = 9
+        at = train.add_positions(batch, dense.config, config)
+        assert positions(at["head"]) == RESPONSE and at["is_distilled"].all() and at["is_response"].all()
 
 
 def test_known_ids_under_both_shifts(dense):
@@ -94,12 +102,13 @@ def test_known_ids_under_both_shifts(dense):
     tokenizer = dense.tokenizer
     turns = [{"from": "human", "value": "<image>\nwhat do you see"}, {"from": "gpt", "value": "a red cup"}]
     ids, mask = data.render(turns, tokenizer, "vicuna", 4)
-    batch = {"input_ids": torch.tensor([ids]), "mask": torch.tensor([mask]).bool()}
     words = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
     def predicted(shift):
         config = Config(train.DEFAULTS, stage="d2d", teacher="one", kd_shift=shift)
-        [at] = positions(train.find_positions(batch, dense, config).distilled)
+        batch = train.add_positions({"input_ids": torch.tensor([ids]), "mask": torch.tensor([mask]).bool(),
+                                     "pixel_values": torch.randn(1, 3, 28, 28)}, dense.config, config)
+        [at] = positions(batch["head"][batch["is_distilled"]], len(ids), 1)
         return [words[t + 1] if t + 1 < len(words) else None for t in at]
     assert predicted("aligned") == ["a", "red", "cup", "<|endoftext|>"]
     assert predicted("late") == ["red", "cup", "<|endoftext|>", None]
@@ -140,10 +149,10 @@ def slow_parts(student, teacher, batch, tokens, shift, hidden_map):
 def test_each_part_against_a_slow_loop(dense, teacher, tokens, shift):
     config = Config(train.DEFAULTS, stage="d2d", teacher="one", kd_tokens=tokens, kd_shift=shift, hidden_tokens="all",
                     hidden_weight=0.5, affinity_weight=2.0, relation_weight=3.0, kd_weight=0.7, ce_weight=0.2)
-    batch, objective = by_hand(dense), train.Objective(dense, config, 48)
+    batch, objective = train.add_positions(by_hand(dense), dense.config, config), train.Objective(dense, config, 48)
     features = dense.encode_images(batch["pixel_values"])
     reference = train.teacher_reference(teacher, batch, teacher.encode_images(batch["pixel_values"]), config)
-    loss, parts = objective(batch, features, reference, train.count_batch([batch], dense, config))
+    loss, parts = objective(batch, features, reference, train.count_batch([batch], config))
     expected = slow_parts(dense, teacher, batch, tokens, shift, objective.hidden_map)
     assert {name: value.item() for name, value in parts.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     weights = {"kd": 0.7, "ce": 0.2, "hidden": 0.5, "affinity": 2.0, "relation": 3.0}

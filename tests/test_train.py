@@ -18,6 +18,7 @@ import torch
 
 import train
 from configurator import Config, UserError
+from engine.settings import WITH_TEACHER
 from engine.index import PreferenceData
 from model import Llava
 
@@ -30,7 +31,7 @@ def flags(world, stage, out_dir, **more):
     settings = dict(stage=stage, student=world / student, data=world / ("pairs.json" if stage == "pd" else "rows.json"),
                     image_dir=world / "images", out_dir=out_dir, batch_size=8, micro_batch_size=8, max_steps=4,
                     learning_rate=1e-2, warmup_ratio=0.25, dtype="float32", device="cpu", log_every=1)
-    if stage in train.WITH_TEACHER:
+    if stage in WITH_TEACHER:
         settings["teacher"] = world / "teacher"
     settings |= more
     return [f"--{key}={value}" for key, value in settings.items()]

@@ -23,7 +23,8 @@ import glob
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,8 @@ import numpy as np
 import torch
 
 from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
-from data import (IMAGE, image_names, llava_row, load_image, pad_right, parse_instruction, render, require_image,
-                  transform_image)
+from data import (IMAGE, image_names, llava_row, load_image, parse_instruction, render, require_image, transform_image)
+from engine import prefix
 from engine.distributed import Dist, init_distributed
 from engine.files import digest_of_folder, disk_errors, read_json, sha256_of_file, write_json, write_lines
 from engine.hf import describe_llava, require_tokenizer
@@ -157,8 +158,15 @@ def begin_or_resume(config: Config, settings: dict) -> set[int] | None:
 def answer_rows(llava: Llava, rows: list[dict], todo: list[int], config: Config, dist: Dist) -> None:
     """Answer this rank's part of the rows, batch by batch, and append them to its partial file."""
     # The rows of a batch have as many questions and images, and texts of similar length: little padding, and no row
-    # ends early. The largest come first: a batch size that does not fit into memory fails at once.
-    todo = sorted(todo, key=lambda number: row_size(rows[number]), reverse=True)
+    # ends early. Rows with the same images follow each other, so that they share what their prompts begin with. The
+    # largest come first: a batch size that does not fit into memory fails at once.
+    def kind(number: int) -> tuple:
+        return row_size(rows[number])[:2], tuple(image_names(rows[number].get("image")))
+
+    largest = {}
+    for number in todo:
+        largest[kind(number)] = max(row_size(rows[number]), largest.get(kind(number), (0, 0, 0)))
+    todo = sorted(todo, key=lambda number: (largest[kind(number)], kind(number), row_size(rows[number])), reverse=True)
     batch_size = 1 if llava.config.pad_token_id is None else config.batch_size   # unequal lengths need padding
     batches = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)][dist.rank::dist.world_size]
     questions = np.cumsum([sum(len(questions_of(rows[number])) for number in batch) for batch in batches])
@@ -166,11 +174,11 @@ def answer_rows(llava: Llava, rows: list[dict], todo: list[int], config: Config,
     started = last_print = time.time()
     load = partial(load_pixels, rows, config, llava.config.vision.image_size)
     with ThreadPoolExecutor() as pool:
-        loading = pool.map(load, batches[0]) if batches else []
+        loading = start_loading(pool, load, rows, batches[0]) if batches else {}
         for i, batch in enumerate(batches):
-            pixels = list(loading)
+            pixels = {name: future.result() for name, future in loading.items()}
             if i + 1 < len(batches):                                 # while the model is busy with this batch
-                loading = pool.map(load, batches[i + 1])
+                loading = start_loading(pool, load, rows, batches[i + 1])
             records = answer_batch(llava, rows, batch, pixels, config)
             append_records(Path(f"{config.out}.partial.{dist.rank}.jsonl"), records)
 
@@ -187,16 +195,24 @@ def row_size(row: dict) -> tuple[int, int, int]:
     return len(texts), sum(text.count(IMAGE) for text in texts), sum(map(len, texts))
 
 
-def load_pixels(rows: list[dict], config: Config, size: int, number: int) -> list[torch.Tensor]:
-    """The images of a row, (3, S, S) each."""
+def start_loading(pool: ThreadPoolExecutor, load: Callable, rows: list[dict], batch: list[int]) -> dict[str, Future]:
+    """Start to read and resize the images of a batch, each of them once."""
+    first = {}                                                       # image -> the first row that shows it
+    for number in batch:
+        for name in image_names(rows[number].get("image")):
+            first.setdefault(name, number)
+    return {name: pool.submit(load, name, number) for name, number in first.items()}
+
+
+def load_pixels(rows: list[dict], config: Config, size: int, name: str, number: int) -> torch.Tensor:
+    """(3, S, S)"""
     try:
-        images = [load_image(os.path.join(config.image_dir, name)) for name in image_names(rows[number].get("image"))]
+        return transform_image(load_image(os.path.join(config.image_dir, name)), size)
     except UserError as error:
         raise UserError(f"{row_name(config.data, number, rows[number])}: {error}") from None
-    return [transform_image(image, size) for image in images]
 
 
-def answer_batch(llava: Llava, rows: list[dict], batch: list[int], pixels: list[list[torch.Tensor]],
+def answer_batch(llava: Llava, rows: list[dict], batch: list[int], pixels: dict[str, torch.Tensor],
                  config: Config) -> list[dict]:
     """
     Answer the rows with these numbers: all their first questions at once, then all their second ones, and so on.
@@ -208,21 +224,20 @@ def answer_batch(llava: Llava, rows: list[dict], batch: list[int], pixels: list[
     questions = [questions_of(rows[number]) for number in batch]
     records = [{"row": number, "conversations": [], "unfinished": 0} for number in batch]
     for turn in range(max(map(len, questions))):
-        prompts, images = {}, []                                     # prompts: place in the batch -> ids
+        prompts, images = {}, {}                                     # place in the batch -> ids, names of images
         for i, turns in enumerate(record["conversations"] for record in records):
             if turn < len(questions[i]) and len(turns) == 2 * turn:  # not complete, and not ended by max_length
                 ids, _ = render([*turns, questions[i][turn]], llava.tokenizer, model.template, model.image_tokens)
                 if len(ids) + config.max_new_tokens <= config.max_length:
-                    prompts[i] = ids
-                    images += pixels[i][:ids.count(model.image_token_id) // model.image_tokens]   # those shown so far
+                    shown = ids.count(model.image_token_id) // model.image_tokens
+                    prompts[i], images[i] = ids, image_names(rows[batch[i]].get("image"))[:shown]
         if not prompts:
             break
-        input_ids = pad_right(list(prompts.values()), model.pad_token_id or 0).to(device)            # (B, T)
-        pixel_values = torch.stack(images).to(device) if images else None                            # (N, 3, S, S)
         uniforms = np.stack([np.random.default_rng([config.seed, batch[i], turn]).random(config.max_new_tokens)
                              for i in prompts])                                                      # (B, new)
-        new = llava.generate(input_ids, pixel_values, config.max_new_tokens, config.temperature,
-                             uniforms=torch.from_numpy(uniforms).to(device), banned=llava.unanswerable_ids())
+        new = prefix.generate(llava, list(prompts.values()), list(images.values()), pixels, config.max_new_tokens,
+                              temperature=config.temperature, uniforms=torch.from_numpy(uniforms).to(device),
+                              banned=llava.unanswerable_ids())
         for i, ids in zip(prompts, new.tolist()):
             answer = llava.tokenizer.decode(ids, skip_special_tokens=True).strip()
             # The token <image> is banned, but several others can spell it, and an answer must not contain it.

@@ -376,6 +376,7 @@ def make_run(config: Config, size: dict) -> tuple[train.Run, dict]:
     width, batch = teacher.config.decoder.n_embd, make_batch(size, config.device)
     if config.stage == "pd":
         batch["pixel_values"] = batch["pixel_values"][::2]           # a pair shows the same image twice
+    batch = train.add_positions(batch, student.config, config)
     if config.teacher_cache:
         cache = TeacherCache(config.teacher_cache, size["rows"], {"vocabulary": student.config.decoder.vocab_size})
         with train.autocast(config, device):
@@ -395,7 +396,7 @@ def one_step(run: train.Run, batch: dict) -> list[torch.Tensor]:
     micro_batches, watched = [batch], []
     if run.config.on_policy:
         micro_batches, _ = train.sample_step(run, micro_batches, step=1)
-    total = train.count_batch(micro_batches, run.student, run.config)
+    total = train.count_batch(micro_batches, run.config)
     weight = run.student.adaptor.linear_2.weight
     hook = run.optimizer.register_step_pre_hook(lambda *_: watched.append(weight.grad))
     loss, _, grad_norm = train.train_step(run, micro_batches, total, lr=0.0)
@@ -541,8 +542,10 @@ def bench_signals(size: dict, options: Config) -> Iterator[dict]:
         save_pair(size, folder, False, options.device)
         options = Config(options, folder=folder)
         shared, batch = make_run(make_config("d2d", size, options, hidden_weight=1.0, on_policy=1.0), size)
-        runs = {case: partial(one_step, with_settings(shared, make_config("d2d", size, options, **settings)), batch)
-                for case, settings in SIGNALS.items()}
+        runs = {}
+        for case, settings in SIGNALS.items():
+            config = make_config("d2d", size, options, **settings)
+            runs[case] = partial(one_step, with_settings(shared, config), train.add_positions(batch, shared.student.config, config))
         del shared
         for case in SIGNALS:
             runs[case]()
@@ -773,10 +776,10 @@ def loss_gap() -> Iterator[dict]:
         V, rows = student.config.decoder.vocab_size, train.open_rows(config, student)
         kl, tokens = {"online": 0.0, V: 0.0, 64: 0.0, 16: 0.0, 4: 0.0}, 0
         for batch in data.prefetch(rows, [range(i, i + 50) for i in range(0, 500, 50)],
-                                   partial(data.collate, pad_token_id=student.config.pad_token_id), 0):
+                                   partial(train.collate_rows, llava=student.config, config=config), 0):
             features = train.image_features(student, batch, "d2d")
             states, _ = student.hidden_states(batch["input_ids"], features)
-            logits = student.decoder.head(states[train.find_positions(batch, student, config).response])     # (N, V)
+            logits = student.decoder.head(train.select(states, batch["head"]))     # (N, V)
             tokens += len(logits)
             for k in kl:
                 if k == "online":

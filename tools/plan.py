@@ -179,17 +179,25 @@ def memory(student: Llava, teacher: Llava | None, config: Config, world_size: in
     if config.parallel == "fsdp" and world_size > 1:                 # shards all but the ViT and the teacher
         shards, adam, stream = world_size, count(trainable) / world_size, half
         copies, last_gradients, in_flight = gathered(student, mapping, half)
+        freed = dropped = 0
     else:
         shards, adam = 1, largest_shard(trainable, world_size)
         copies = autocast_copies(student, half) + (half * count(mapping) if half < 4 else 0)
         last_gradients, in_flight = embedding_gradient(student), 0
+        # Copies are freed when autocast ends, after the forward, or when the backward has used them. With checkpointing
+        # a block that is computed again makes its own once more.
+        freed = copies
+        dropped = copies - max(autocast_copies(block, half) for block in [*student.decoder.blocks, student.adaptor])
+        largest = max(p.numel() * p.requires_grad for p in student.decoder.blocks.parameters())
+        in_flight += (4 + half) * largest * (half < 4)               # the gradient of a matrix, before and after its cast
 
     kept = activations(student, batch, config.checkpointing, half, stream)
     moments = {                                                      # one after the other, so only the worst counts
         "the loss": loss_work(student, teacher, config, batch, half),
         "the features": feature_work(student, teacher, config, batch, half),
-        "a block's backward": block_work(student, batch, config.checkpointing, half, stream) + in_flight,
-        "the end of the backward": last_gradients - kept,
+        "a block's backward": (block_work(student, batch, config.checkpointing, half, stream) + in_flight
+                               - dropped * config.checkpointing),
+        "the end of the backward": last_gradients - kept - freed,
     }
     worst = max(moments, key=moments.get)
     items = {
@@ -226,11 +234,11 @@ def largest_shard(parameters: list[torch.Tensor], world_size: int) -> int:
     return max(ranks)
 
 
-def autocast_copies(student: Llava, half: int) -> float:
-    """autocast casts each fp32 matrix when it is first used, and keeps the copy until the micro-batch is done."""
+def autocast_copies(module: torch.nn.Module, half: int) -> float:
+    """autocast casts each fp32 matrix when it is first used, and keeps the copy for later uses."""
     # But not norms and routers, which stay fp32; embeddings, which are looked up; the head, see loss_work.
-    others = ("norm.", ".router.", "embedding.", "lm_head.")
-    return half * count(p for name, p in student.named_parameters()
+    others = ("norm.", "router.", "embedding.", "lm_head.")
+    return half * count(p for name, p in module.named_parameters()
                         if p.element_size() > half and not any(other in name for other in others))
 
 
@@ -279,8 +287,10 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     """Some tokens' logits, later their gradients, and for CHUNK["cuda"] of them what the loss computes."""
     head = student.decoder.head_weight
     V, D = head.shape
+    if config.stage == "pd":                                         # all in fp32, see train.sequence_logprobs
+        half = 4
     work = half * batch.targets * 2 * D                              # the head's input, and its gradient
-    per_logit = 14 if config.stage == "pd" else 12                   # log-softmax, its gradients
+    per_logit = 12                                                   # log-softmax, its gradients
     if teacher is not None and config.stage != "pd":
         work += half * batch.targets * teacher.config.decoder.n_embd
         if config.kd_weight:                                         # again for the KL; the teacher's; their product

@@ -375,7 +375,7 @@ class RowData(torch.utils.data.Dataset):
         try:
             images = [load_image(os.path.join(self.image_dir, name)) for name in names]
         except UserError as error:
-            raise UserError(f"{self.describe(i)}: {error}") from None
+            raise UserError(f"{self.describe(i)}: {error} (python -m tools.check --decode finds all such rows)") from None
         images = [transform_image(image, self.image_size) for image in images]
         sequences = [render(conversation, self.tokenizer, self.template, self.image_tokens)
                      for conversation in conversations]

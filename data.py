@@ -459,6 +459,11 @@ class Sampler:
             self.cached_epoch, self.cached_batches = epoch, self.shuffle(epoch)
         return self.cached_batches[position].tolist()
 
+    def visited(self, steps: int) -> np.ndarray:
+        """The rows that the first `steps` batches hold, each once, in ascending order."""
+        epochs = range(math.ceil(steps / self.steps_per_epoch))
+        return np.unique(np.concatenate([self.shuffle(epoch)[:steps - epoch * self.steps_per_epoch].ravel() for epoch in epochs]))
+
     def shuffle(self, epoch):
         """All batches of an epoch, (steps_per_epoch, batch_size) row numbers."""
         rng = np.random.default_rng([self.seed, epoch])

@@ -383,10 +383,13 @@ def save_pair(size: dict, folder: str, sparse: bool, device: str) -> None:
 
 def make_config(stage: str, size: dict, options: Config, **settings) -> Config:
     """The settings that train.py would have from flags."""
-    # The balance loss is computed and then weighs nothing: transformers' is another one (not per sequence).
     flags = dict(stage=stage, student=f"{options.folder}/student", teacher=f"{options.folder}/teacher", data="random",
                  out_dir="none", batch_size=size["rows"], micro_batch_size=size["rows"], dtype=size["dtype"],
-                 device=options.device, balance_coef=0.0, on_policy_tokens=size["response"]) | settings
+                 device=options.device) | settings
+    if stage in ("d2s", "pd"):
+        flags["balance_coef"] = 0.0      # computed, and then it weighs nothing: transformers' is another one (not per sequence)
+    if settings.get("on_policy"):
+        flags["on_policy_tokens"] = size["response"]
     return train.configure([f"--{key}={value}" for key, value in flags.items()])
 
 

@@ -48,6 +48,8 @@ def our_row(results: dict) -> dict[str, float]:
 
 def other_files(results: dict) -> str:
     """Why our numbers are not comparable with the paper's: the first benchmark that was not the official one; or ""."""
+    if results.keys().isdisjoint(OFFICIAL_ROWS):
+        return f"The paper has no numbers of {', '.join(name for name in results if name != 'average')}; ours are in results.json."
     for name, counts in OFFICIAL_ROWS.items():
         if name in results and results[name]["rows"] not in counts:
             return (f"{name} has {results[name]['rows']:,} questions here, and {' or '.join(f'{count:,}' for count in counts)} in the "
@@ -59,7 +61,7 @@ def markdown(row: dict[str, float], why_alone: str = "") -> str:
     """Our row below the paper's; alone, with the reason, where it is about other questions."""
     names = list(COLUMNS)
     text, cut = "", names.index("AVG") + 1
-    for part in (slice(None, cut), slice(cut, None)):                # comprehension, hallucination
+    for part in (slice(None, cut), slice(cut, None)) if row or not why_alone else ():   # comprehension, hallucination
         columns = names[part]
         text += f"| model | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
         for model, numbers in [] if why_alone else PAPER.items():

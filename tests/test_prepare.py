@@ -113,7 +113,7 @@ def test_from_archives_to_what_the_configs_name(data, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert "mix_1400k.jsonl: 180 rows, 180 expected" in said and "rlaif_v.json: 5 rows, 83,132 expected" in said
     assert "archives/gqa/images.zip: absent; from https://downloads.cs.stanford.edu" in said
-    assert "images/coco: 2 files of 1 archives, 118,287 expected" in said
+    assert "train2017.zip: 2 files in " + str(data / "images/coco") + ", 118,287 expected" in said
 
     tokenizer, settings = qwen_tokenizer(), ("vicuna", 4, 28, 200)
     pairs = PreferenceData([(str(data / "pd/rlaif_v.json"), 1.0)], str(data / "pd/images"), tokenizer, *settings)

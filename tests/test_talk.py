@@ -102,6 +102,7 @@ def test_other_questions_are_not_set_below_the_papers_numbers():
     why = other_files({"gqa": {"rows": 600}})
     assert why.startswith("gqa has 600 questions here, and 12,578 in the official file")
     assert "paper" not in markdown(row, why).replace("the paper's numbers are not shown", "") and "| **ours** | 90.00 |" in markdown(row, why)
+    assert markdown({}, other_files({"own": {"rows": 5}})) == "The paper has no numbers of own; ours are in results.json.\n"
     assert other_files({"gqa": {"rows": 12578}, "pope": {"rows": 8910}}) == "" and "| paper:" in markdown(row, "")
 
 

@@ -254,12 +254,12 @@ def check(data: Path, archives: list[dict], d2s_rows: int) -> None:
     stated[MIXTURE] = (True, d2s_rows, 1)
     for path, (is_known, rows, to) in stated.items():
         found = data / Path(path).relative_to("data")
-        expected = f"{'about ' * (to > 1)}{rows:,} expected" if is_known else f"the source does not state all of its rows ({rows:,} of them)"
+        expected = f"{'about ' * (to > 1)}{rows:,} expected" if is_known else "its source does not state how many there should be"
         print(f"{found}: " + (f"{count_rows(found):,} rows, {expected}" if found.is_file() else f"absent, {expected}"))
     for entry in archives:
         records = [json.loads(path.read_text()) for path in sorted(data.glob(entry["archive"] + ".unpacked"))]
         files = sum(record["files"] for record in records)
-        print(f"{data / entry['to']}: {files:,} files of {len(records)} archives" + (f", {entry['images']:,} expected" if entry["images"] else ""))
+        print(f"{data / entry['archive']}: {files:,} files in {data / entry['to']}" + (f", {entry['images']:,} expected" if entry["images"] else ""))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Offline distillation: run the teacher once over all training rows, and train from its stored outputs.
+Offline distillation: run the teacher once over the training rows, and train from its stored outputs.
 
 A distillation step spends most of its time and memory on a model that is not trained. The teacher is frozen, and the
 same rows come again in every epoch, in every stage that shares them, and in every experiment, so its outputs can be
@@ -15,10 +15,10 @@ it. What is kept depends on what the loss needs:
     pd         per pair two numbers, log p(chosen) and log p(rejected): 8 bytes, and exact.
 
 The folder holds teacher_cache.json, which says which data and which teacher it was made with, and a safetensors file
-per 1,024 rows. Only rows that the run will visit are filled, and a later run adds those that it visits besides. Each file
-is written atomically, so after an interruption only what is missing is filled. Each has a checksum of its content, of its
-place, and of teacher_cache.json; all are read through before a run uses them, half a minute for the 34 GB of 665,000 rows. The paper names the memory of two models as a limitation of the method; this
-removes it.
+per 1,024 rows. Only rows that the run will visit are filled; a later run adds those that it visits besides. Each file is
+written atomically, so after an interruption only what is missing is filled. Each has a checksum of its content, of its
+place, and of teacher_cache.json; all are read through before a run uses them, half a minute for the 34 GB of 665,000
+rows. The paper names the memory of two models as a limitation of the method; this removes it.
 """
 import hashlib
 import json
@@ -234,15 +234,12 @@ def fill(cache: TeacherCache, missing: list[tuple[Path, list[int]]], dataset: Ro
             split = {name: tensor.cpu().split(batch_lengths) for name, tensor in tensors.items()}
             for i, row in enumerate(batch_rows):
                 outputs[row] = {name: parts[i] for name, parts in split.items()}
-            if rank == 0 and done == 0 and batch_rows == batches[0]:
-                every = sum(len(rows) for _, rows in missing)
-                size = sum(tensor.nbytes for tensor in tensors.values()) / len(batch_rows) * every
-                free, hours = shutil.disk_usage(cache.folder).free, (time.time() - began) / len(batch_rows) * total / 3600
-                print(f"teacher cache: {every:,} rows to fill, about {readable(size)} of the {readable(free)} that are free in "
-                      f"{cache.folder}, and {hours:,.1f} hours on {world_size} ranks", flush=True)
-                if size > free:
-                    raise UserError(f"{cache.folder}: the teacher's outputs take about {readable(size)}, and {readable(free)} are free "
-                                    "there; make room, choose another teacher_cache, a smaller teacher_top_k or fewer steps")
+            if rank == 0 and batch_rows is batches[0]:
+                rows_in_all = sum(len(rows) for _, rows in missing)
+                size = sum(tensor.nbytes for tensor in tensors.values()) / len(batch_rows) * rows_in_all
+                hours = (time.time() - began) / len(batch_rows) * total / 3600
+                print(f"teacher cache: {rows_in_all:,} rows to fill, {hours:,.1f} hours on {world_size} ranks", flush=True)
+                check_room(cache.folder, size)
         tensors = {name: torch.cat([outputs[row][name] for row in sorted(outputs)]) for name in tensors}
         _, span = cache.file_from(cache.first_row(path))
         lengths = [len(next(iter(outputs[row].values()))) if row in outputs else 0 for row in span]
@@ -254,3 +251,12 @@ def fill(cache: TeacherCache, missing: list[tuple[Path, list[int]]], dataset: Ro
         if rank == 0:
             minutes = (time.time() - started) / done * (total - done) / 60
             print(f"teacher cache: {done:,} rows of this rank kept, {minutes:.1f} min left", flush=True)
+
+
+def check_room(folder: Path, size: float) -> None:
+    """Say what the outputs will take; UserError if the disk has less."""
+    free = shutil.disk_usage(folder).free
+    takes = f"the teacher's outputs take about {readable(size)}, and {readable(free)} are free"
+    if size > free:
+        raise UserError(f"{folder}: {takes} there; make room, choose another teacher_cache, a smaller teacher_top_k or fewer steps")
+    print(f"teacher cache: {takes} in {folder}", flush=True)

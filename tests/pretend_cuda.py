@@ -231,7 +231,8 @@ def pretend_cuda() -> Iterator[Gpu]:
                 (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))):
             stack.enter_context(patch.object(target, name, replacement))
         # It compares the devices of what it kept and of what it computes again, outside of the function mode.
-        stack.enter_context(patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=lambda tensor: tensor.shape))
+        shapes = {"default": lambda tensor: tensor.shape}
+        stack.enter_context(patch.dict(checkpoint._allowed_determinism_checks_to_fns, shapes))
         stack.enter_context(Operations(gpu))
         stack.enter_context(Calls(gpu))
         yield gpu

@@ -44,6 +44,7 @@ def test_every_section_reports_what_it_promises(report):
         "step": ["speed", "memory, all included", "memory above weights"],
         "signals": ["time", "memory, all included", "memory above weights"],
         "generate": ["tokens per second", "prompt and first token", "further tokens"],
+        "evaluate": [],
         "data": ["images per second", "padding, of all tokens"],
         "cache": ["time", "memory, all included"],
     }

@@ -538,6 +538,16 @@ def test_the_report_names_the_verdict_and_every_assumption(world):
     assert "80 GB: fits, up to micro_batch_size=128" in tiny
 
 
+def test_the_report_says_what_a_teacher_cache_takes():
+    """d2s, 10,937 steps of 128 rows, at most all of 1.4 million; 130 response tokens of 516 bytes each."""
+    recipe = [str(Path(plan.__file__).parents[1] / "config/d2s.py"), "--teacher_cache=out/cache"]
+    models = ["--student=Qwen/Qwen1.5-1.8B", "--teacher=Qwen/Qwen1.5-7B"]
+    text = plan.report(load_config(train.DEFAULTS, recipe + models), 16)
+    assert f"still to be filled: {10937 * 128:,} rows, {10937 * 128 * 130 * 516 / 1e9:.1f} GB, " in text
+    text = plan.report(load_config(train.DEFAULTS, recipe + models + ["--max_steps=100000"]), 16)
+    assert "still to be filled: 1,400,000 rows" in text
+
+
 def test_the_table_has_every_stage_of_every_student():
     lines = plan.table().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

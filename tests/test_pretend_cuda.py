@@ -22,10 +22,11 @@ from engine import chunked, distributed, on_policy, teacher_cache
 from engine.settings import WITH_TEACHER
 from model import DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import upcycle
-from pretend_cuda import CPU, CUDA, device_of, pretend_cuda, put
+from pretend_cuda import CPU, CUDA, device_of, pretend_cuda
 from test_distributed import unfinish
 from test_evaluate_model import checkpoint, pope                     # noqa: F401, fixtures
 from test_train import flags, records
+from tools import bench
 
 warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
 
@@ -72,8 +73,9 @@ WAITS = {
     "item": (lambda x: x.sum().item(), 1), "an if": (lambda x: bool((x > 0).all()), 1), "a list": (lambda x: x.tolist(), 1),
     "a mask": (lambda x: x[x > 0], 1), "an assignment by a mask": (lambda x: x.__setitem__(x > 0, 1.0), 1),
     "nonzero": (lambda x: (x > 0).nonzero(), 1), "where": (lambda x: torch.where(x > 0), 1),
-    "bincount": (lambda x: x.long().flatten().bincount(minlength=9), 2), "a new tensor": (lambda x: torch.tensor([1], device="cuda"), 1),
-    "a copy": (lambda x: torch.ones(3).to("cuda"), 1), "a copy that is not waited for": (lambda x: torch.ones(3).to("cuda", non_blocking=True), 0),
+    "bincount": (lambda x: x.long().flatten().bincount(minlength=9), 2),
+    "a new tensor": (lambda x: torch.tensor([1], device="cuda"), 1), "a copy": (lambda x: torch.ones(3).to("cuda"), 1),
+    "a copy that is not waited for": (lambda x: torch.ones(3).to("cuda", non_blocking=True), 0),
     "an index on the CPU": (lambda x: x[torch.tensor([1])], 1), "an index": (lambda x: x.index_select(0, x[0].long()), 0),
     "rows of known number": (lambda x: torch.repeat_interleave(x[0].long(), output_size=1), 0),
     "a product": (lambda x: x @ x.T, 0), "one_hot": (lambda x: torch.nn.functional.one_hot(x.long(), 3), 0),
@@ -96,7 +98,8 @@ SHORT = dict(device="cuda", batch_size=2, micro_batch_size=1, max_steps=1)
 RUNS = {   # together every stage, dtype, signal and switch
     "align": ("align", {}),
     "sft": ("sft", dict(checkpointing=True, dtype="bfloat16", grad_clip=0.5)),
-    "d2d": ("d2d", dict(dtype="bfloat16", kd_tokens="all", kd_standardize=True, hidden_weight=1.0, hidden_tokens="all", ce_weight=1.0)),
+    "d2d": ("d2d", dict(dtype="bfloat16", kd_tokens="all", kd_standardize=True, hidden_weight=1.0, hidden_tokens="all",
+                        ce_weight=1.0)),
     "d2d on-policy": ("d2d", dict(on_policy=1.0, on_policy_tokens=3, kd_loss="reverse", kd_temperature=2.0)),
     "d2s": ("d2s", dict(dtype="bfloat16", checkpointing=True)),
     "d2s features": ("d2s", dict(affinity_weight=1.0, relation_weight=1.0, kd_loss="jsd", kd_tokens="response+image")),
@@ -171,6 +174,16 @@ def test_generation_and_evaluation_stay_on_one_device(world, checkpoint, pope, t
         answer(checkpoint, pope, tmp_path)
 
 
+def test_benchmarks_stay_on_one_device(tmp_path):
+    options, size = Config(bench.DEFAULTS, device="cuda", folder=str(tmp_path)), bench.QUICK["step"]
+    with pretend_cuda():
+        for case in ("forward trained", "jsd frozen", "logp frozen"):
+            bench.loss_case(case, "ours", bench.QUICK["loss"], options)()
+        bench.save_pair(size, str(tmp_path), True, "cuda")
+        for stage in ("d2s", "pd"):
+            assert bench.our_step(stage, size, options)()[-1].device == CUDA
+
+
 # -----------------------------------------------------------------------------
 # Planted faults: (where, function, what it says, what it would say with the fault, a run that comes by)
 
@@ -181,15 +194,18 @@ def stage(world, folder, name, **more):
 FAULTS = [
     (model, "rope_angles", "device=positions.device", "", lambda *at: stage(*at, "align")),
     (model, "valid_positions", "device=input_ids.device", "", generate),
-    (Llava, "stream", "torch.tensor(ends, dtype=torch.long, device=input_ids.device)", "torch.tensor(ends, dtype=torch.long)", generate),
+    (Llava, "stream", "torch.tensor(ends, dtype=torch.long, device=input_ids.device)", "torch.tensor(ends, dtype=torch.long)",
+     generate),
     (Llava, "stream", "torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)",
      "torch.zeros(len(input_ids), dtype=torch.bool)", generate),
-    (model.KVCache, "__init__", "torch.zeros(rows, dtype=torch.long, device=device)", "torch.zeros(rows, dtype=torch.long)", generate),
+    (model.KVCache, "__init__", "torch.zeros(rows, dtype=torch.long, device=device)", "torch.zeros(rows, dtype=torch.long)",
+     generate),
     (model.KVCache, "start_pass", "torch.arange(T, device=self.k.device)", "torch.arange(T)", generate),
     (model.KVCache, "start_pass", "torch.arange(self.length, device=self.k.device)", "torch.arange(self.length)", generate),
     (model.KVCache, "append", "device=k.device", "", generate),
     (moe.SparseFFN, "forward", ", device=assigned.device", "", generate),
-    (moe.SparseFFN, "forward", "torch.zeros_like(x_BTD)", "torch.zeros(x_BTD.shape)", lambda *at: stage(*at, "pd", micro_batch_size=2)),
+    (moe.SparseFFN, "forward", "torch.zeros_like(x_BTD)", "torch.zeros(x_BTD.shape)",
+     lambda *at: stage(*at, "pd", micro_batch_size=2)),
     (Llava, "embed", "(0, image,", "(0, image.cpu(),", lambda *at: stage(*at, "align")),
     (moe, "balance_loss", "routing.probs_NE.new_zeros(", "torch.zeros(", lambda *at: stage(*at, "d2s")),
     (chunked, "head_forward", "x.new_empty(", "torch.empty(", lambda *at: stage(*at, "sft", dtype="bfloat16")),

@@ -161,7 +161,7 @@ def test_only_rows_that_the_run_visits_are_filled_and_a_longer_run_adds_its_own(
     shared = dict(teacher_cache=tmp_path / "cache", teacher_top_k=1000)
     train.main(flags(world, "d2s", tmp_path / "one", max_steps=1, **shared))
     said = capsys.readouterr().out
-    assert "teacher cache: 8 rows to fill, about" in said and "hours on 1 ranks" in said
+    assert "teacher cache: 8 rows to fill, " in said and "hours on 1 ranks" in said and "outputs take about" in said
     first, n = filled(tmp_path / "cache"), sum(asked)
     assert len(first) == 8 == n
     train.main(flags(world, "d2s", tmp_path / "three", max_steps=3, **shared))

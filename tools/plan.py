@@ -594,7 +594,12 @@ def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | No
                   f"{config.on_policy_tokens} tokens; reading the weights for each of them at {BANDWIDTH / 1e12} TB/s "
                   f"takes {seconds:.1f} s more in such a step, not in the hours"]
     if config.teacher_cache:
-        lines += ["- a teacher_cache still to be filled; once it is, the teacher's forward is saved"]
+        rows = min(steps * config.batch_size, len(lengths) if lengths is not None else stage.rows)
+        size = rows * (8 if config.stage == "pd" else step.targets / step.rows * (8 * config.teacher_top_k + 4))
+        once = {what: passes[what] for what in ("ViT", "teacher forward")}
+        hours = rows / config.batch_size * gpu_seconds(once, config) / 3600
+        lines += [f"- a teacher_cache still to be filled: {rows:,} rows, {size / 1e9:,.1f} GB, {hours:,.1f} GPU-hours; once it is, "
+                  "the teacher's forward is saved in every run"]
     if config.compile:
         lines += ["- no more from compile than the time: it also keeps less, which is not counted"]
     return "\n".join(lines)

@@ -594,10 +594,10 @@ class Llava(nn.Module):
 
     @classmethod
     def from_parts(cls, vision_path: str | Path, llm_path: str | Path, seed: int = 0,
-                   template: str = "vicuna") -> "Llava":
+                   template: str = "vicuna", device: str | torch.device = "cpu") -> "Llava":
         """A CLIP folder + a Qwen folder + a fresh adaptor drawn from `seed`. Raises UserError."""
         from engine.hf import assemble_llava
-        return assemble_llava(Path(os.path.expanduser(vision_path)), Path(os.path.expanduser(llm_path)), seed, template)
+        return assemble_llava(Path(os.path.expanduser(vision_path)), Path(os.path.expanduser(llm_path)), seed, template, device)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None,
                         weights: dict[str, torch.Tensor] | None = None) -> None:

@@ -377,9 +377,10 @@ def train_step(run: Run, micro_batches: list[dict], total: dict[str, int], lr: f
     if not math.isfinite(loss) or not grad_norm.isfinite():
         with dist.sync_errors():
             raise UserError(log.not_finite(step, loss, grad_norm.item(), parts, run.trainable, run.describe(step), dist))
-    nn.utils.clip_grads_with_norm_(run.trainable.values(), config.grad_clip or math.inf, grad_norm)
+    if config.grad_clip:
+        nn.utils.clip_grads_with_norm_(run.trainable.values(), config.grad_clip, grad_norm)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    distributed.zero_grad(run.objective, run.optimizer)
     return loss, parts, grad_norm.item()
 
 
@@ -541,12 +542,11 @@ def setup(config: Config, dist: Dist) -> Run | None:
         say(f"{out_dir}: this run is finished already; nothing to do")
         return None
 
-    # Student, data, teacher or its cache
+    # Student, data and their order, teacher or its cache
     dtype = getattr(torch, config.dtype)
     with dist.sync_errors():
-        student = open_student(config)
+        student = open_student(config, dist.device)                  # straight to its GPU: eight ranks share the host's memory
         choose_trainable(student, config, dtype)
-        student.to(dist.device)
         student.decoder.checkpointing = config.checkpointing
     dataset = dist.local_rank0_first(lambda: open_rows(config, student))
     with dist.sync_errors():
@@ -554,9 +554,15 @@ def setup(config: Config, dist: Dist) -> Run | None:
     digests = dist.assert_same(digests)
     digests = dist.broadcast_from_rank0(lambda: resume.check_inputs(out_dir, config, digests))
     collate = partial(collate_rows, llava=student.config, config=config)
+    with dist.sync_errors():
+        held_out = dataset.held_out(config.val_rows)
+        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources, held_out)
+        data.micro_batches(sampler.batch(0), config.micro_batch_size, dist.rank, dist.world_size)   # does it divide?
+    steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     rows, teacher, cache = dataset, None, None
     if config.teacher_cache:
-        cache = open_cache(config, student, dataset, digests, collate, dist)
+        needed = np.union1d(sampler.visited(steps), held_out)
+        cache = open_cache(config, student, dataset, needed, digests, collate, dist)
         rows, collate = RowsWithTeacher(dataset, cache), partial(collate_with_teacher, collate=collate)
     elif config.teacher:
         with dist.sync_errors():
@@ -567,17 +573,13 @@ def setup(config: Config, dist: Dist) -> Run | None:
         for block in [*student.vision.blocks, *student.decoder.blocks, *(teacher.decoder.blocks if teacher else [])]:
             block.compile(dynamic=True)                              # rows have all lengths
 
-    # The order of the data, and the place in it
+    # The place in the data
     with dist.sync_errors():
-        held_out = dataset.held_out(config.val_rows)
-        sampler = data.Sampler(dataset.lengths, config.batch_size, config.seed, dataset.sources, held_out)
-        data.micro_batches(sampler.batch(0), config.micro_batch_size, dist.rank, dist.world_size)   # does it divide?
         state = None
         if state_file:
             state = resume.read_state(state_file)
             first_step = state["step"]
         held_out = held_out_batches(rows, dataset.lengths, held_out, collate, config, dist)
-    steps = config.max_steps or config.epochs * sampler.steps_per_epoch
     for line in [*dataset.notes, *filter(None, [note]), *log.introduction(config, student, teacher, len(dataset), dist.world_size)]:
         say(line)
     say(f"{steps} steps" + (f", resuming after step {first_step}" if first_step else ""))
@@ -603,11 +605,11 @@ def setup(config: Config, dist: Dist) -> Run | None:
                first_step, steps)
 
 
-def open_student(config: Config) -> Llava:
+def open_student(config: Config, device: torch.device | str = "cpu") -> Llava:
     if config.student:
-        student = Llava.from_pretrained(config.student)
+        student = Llava.from_pretrained(config.student, device=device)
     else:
-        student = Llava.from_parts(config.vision, config.llm, seed=config.seed, template=config.template or "vicuna")
+        student = Llava.from_parts(config.vision, config.llm, config.seed, config.template or "vicuna", device)
     folder = config.student or config.llm
     require_tokenizer(student, folder)
     if student.config.pad_token_id is None:
@@ -662,9 +664,9 @@ def open_teacher(config: Config, student: Llava, dtype: torch.dtype, device: tor
     return teacher
 
 
-def open_cache(config: Config, student: Llava, dataset: RowData, digests: dict[str, str], collate: Callable,
-               dist: Dist) -> TeacherCache:
-    """The teacher's outputs for all rows. Where some are missing, the teacher is loaded, run on those and freed."""
+def open_cache(config: Config, student: Llava, dataset: RowData, needed: np.ndarray, digests: dict[str, str],
+               collate: Callable, dist: Dist) -> TeacherCache:
+    """The teacher's outputs for the `needed` rows. Where some are missing, the teacher is loaded, run on those and freed."""
     cache_key = {"data": dataset.fingerprint, "answers": "preferences" if config.stage == "pd" else "distributions",
                  "dtype": config.dtype, "teacher": digests.get("teacher"), "vocabulary": None}
     if config.stage != "pd":
@@ -673,7 +675,7 @@ def open_cache(config: Config, student: Llava, dataset: RowData, digests: dict[s
     if Path(config.teacher).is_dir():
         vocab_size = describe_llava(Path(config.teacher)).config.decoder.vocab_size
         cache_key |= {"vocabulary": min(student.config.decoder.vocab_size, vocab_size)}
-    cache = dist.broadcast_from_rank0(lambda: TeacherCache(config.teacher_cache, len(dataset), cache_key))
+    cache = dist.broadcast_from_rank0(lambda: TeacherCache(config.teacher_cache, len(dataset), cache_key, needed))
     missing = dist.broadcast_from_rank0(cache.claim_missing)
     if missing:
         with dist.sync_errors(), autocast(config, dist.device):

@@ -23,9 +23,9 @@ data = ",".join([
 image_dir = "data/images"
 out_dir = "out/2b/d2d"
 
-batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches
+batch_size = 128                # 16 GPUs x 4 rows x 2 micro-batches
 max_steps = 18750               # 2.4M rows / 128
-micro_batch_size = 2
+micro_batch_size = 4
 learning_rate = 2e-5
 max_length = 2048
 num_workers = 4

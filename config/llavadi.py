@@ -31,8 +31,8 @@ kd_standardize = True
 hidden_weight = 1.0
 hidden_tokens = "all"
 
-batch_size = 128                # 16 GPUs x 2 rows x 4 micro-batches; one epoch
-micro_batch_size = 2
+batch_size = 128                # 16 GPUs x 4 rows x 2 micro-batches; one epoch
+micro_batch_size = 4
 learning_rate = 2e-5
 beta2 = 0.999
 eps = 1e-8

@@ -12,8 +12,8 @@ data = "data/teacher/llava_v1_5_mix665k.json"
 image_dir = "data/teacher/images"
 out_dir = "out/teacher/sft"
 
-batch_size = 128                # 16 GPUs x 1 row x 8 micro-batches; 665,298 rows / 128 = 5,197 steps
-micro_batch_size = 1
+batch_size = 128                # 16 GPUs x 8 rows; 665,298 rows / 128 = 5,197 steps
+micro_batch_size = 8            # FSDP sends all weights and gradients once per micro-batch: 8 of one row would send 8 times as much
 learning_rate = 2e-5
 beta2 = 0.999                   # LLaVA-1.5's AdamW
 eps = 1e-8

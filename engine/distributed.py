@@ -163,6 +163,8 @@ def parallelize(objective: nn.Module, dist: Dist, mode: str, dtype: torch.dtype,
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}     # FSDP has replaced them
     parameters = list(trainable.values())
     if dist.world_size > 1 and mode == "ddp":
+        for parameter in parameters:                                 # DDP makes them views of the buckets that it sends
+            parameter.grad = torch.zeros_like(parameter)
         device_ids = [dist.device] if dist.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
         optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, fused=True, **adam)
@@ -204,6 +206,15 @@ def reshard(objective: nn.Module) -> None:
     """FSDP: free what a forward pass without a backward pass has left gathered (see `apply_fsdp`)."""
     if isinstance(objective, FSDPModule):
         objective.reshard()
+
+
+def zero_grad(objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Forget the gradients.
+
+    With DDP they stay, as zeros, since they are views of its buckets: a micro-batch under no_sync would otherwise make new
+    ones next to the buckets, 8 bytes per parameter instead of 4.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(objective, DistributedDataParallel))
 
 
 # -----------------------------------------------------------------------------

@@ -573,15 +573,16 @@ def describe_parts(vision_folder: Path, llm_folder: Path, template: str) -> Llav
         return Llava(llava_config, tokenizer)
 
 
-def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: str) -> Llava:
+def assemble_llava(vision_folder: Path, llm_folder: Path, seed: int, template: str,
+                   device: str | torch.device = "cpu") -> Llava:
     llava = describe_parts(vision_folder, llm_folder, template)
     # Some CLIP folders hold the vision tower alone, with or without its prefix, some the text tower as well.
-    load_tensors(llava, ["vision"], vision_folder, torch.float32, "cpu",
+    load_tensors(llava, ["vision"], vision_folder, torch.float32, device,
                  rename=lambda key: TOWERS["vision"][0] + key.removeprefix("vision_model."))
-    load_tensors(llava, ["decoder"], llm_folder, torch.float32, "cpu", rename=lambda key: TOWERS["decoder"][0] + key)
+    load_tensors(llava, ["decoder"], llm_folder, torch.float32, device, rename=lambda key: TOWERS["decoder"][0] + key)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        llava.adaptor = Adaptor(llava.config.vision.n_embd, llava.config.decoder.n_embd)
+        llava.adaptor = Adaptor(llava.config.vision.n_embd, llava.config.decoder.n_embd).to(device)
     grow_vocabulary(llava, max(llava.config.image_token_id, llava.config.pad_token_id) + 1)
     return llava
 

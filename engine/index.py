@@ -27,8 +27,9 @@ import torch
 from tokenizers import Tokenizer
 
 from configurator import UserError, expected, shorten, user_file
-from data import IMAGE, TEMPLATES, load_image, parse_instruction, parse_pair, render, require_image, transform_image
+from data import IMAGE, TEMPLATES, load_image, render, require_image, transform_image
 from engine.files import atomic, sha256_of_file
+from engine.rows import parse_instruction, parse_pair
 
 
 MAX_WEIGHT = 1000    # times that an epoch repeats a file
@@ -387,7 +388,7 @@ class RowData(torch.utils.data.Dataset):
 
 class InstructionData(RowData):
     """
-    Instruction rows (`data.parse_instruction`).
+    Instruction rows (`engine.rows.parse_instruction`).
 
     A row longer than max_length is cut on the right if it keeps all its image tokens and a supervised token.
     """
@@ -401,7 +402,7 @@ class InstructionData(RowData):
 
 class PreferenceData(RowData):
     """
-    Preference rows (`data.parse_pair`).
+    Preference rows (`engine.rows.parse_pair`).
 
     A pair that does not fit max_length is dropped, never cut: the loss compares the summed log-probabilities of whole
     answers, and a cut answer is a different answer.

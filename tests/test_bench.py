@@ -166,7 +166,7 @@ def test_every_signal_is_in_its_step(options):
 
 
 def test_a_mistyped_section_or_device_is_named():
-    with pytest.raises(UserError, match="--sections.*\"lose\".*loss, moe, step, signals, generate, data, cache"):
+    with pytest.raises(UserError, match="--sections.*\"lose\".*loss, moe, step, signals, generate, evaluate, data, cache"):
         bench.main(["--sections=loss,lose"])
     with pytest.raises(UserError, match="device"):
         bench.main(["--device=tpu"])

@@ -12,8 +12,8 @@ import pytest
 
 import train
 from configurator import Stopped, UserError
-from data import llava_row, parse_instruction, parse_pair
 from engine.index import InstructionData, PreferenceData
+from engine.rows import llava_row, parse_instruction, parse_pair
 from model import Llava
 from test_data import noise, turns
 from test_train import flags, records

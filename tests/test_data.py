@@ -23,8 +23,8 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from configurator import UserError
-from data import (Sampler, batches, collate, collate_pairs, load_image, micro_batches, parse_instruction, parse_pair,
-                  render, show, transform_image)
+from data import Sampler, batches, collate, collate_pairs, load_image, micro_batches, render, show, transform_image
+from engine.rows import parse_instruction, parse_pair
 
 
 @functools.cache

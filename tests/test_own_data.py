@@ -13,7 +13,8 @@ from PIL import Image
 from transformers.image_utils import load_image as transformers_load_image
 
 import train
-from data import load_image, parse_instruction, parse_pair
+from data import load_image
+from engine.rows import parse_instruction, parse_pair
 from test_evaluate import put, scripted  # noqa: F401: scripted is a fixture
 
 ROOT = Path(train.__file__).parent

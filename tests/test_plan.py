@@ -400,29 +400,57 @@ def test_two_ranks_hold_what_is_planned():
     assert done.returncode == 0 and "all as planned" in done.stdout, done.stderr[-3000:]
 
 
+class Sent(Live):
+    """Also the bytes that this rank sends in collectives, as a ring does it."""
+    SHARE = {"allreduce_": 2, "broadcast_": 1, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+    sent = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("c10d::")
+        if name in self.SHARE:
+            whole = max(tree_leaves(args), key=lambda leaf: leaf.nbytes if isinstance(leaf, torch.Tensor) else 0)
+            self.sent += self.SHARE[name] * whole.nbytes * (dist.get_world_size() - 1) / dist.get_world_size()
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
 def two_ranks():
+    """A step of two micro-batches; then one more, in which DDP arranges its buckets anew. Models do not count, they were
+    there before, but gradients and buckets do."""
     be_like_a_gpu(setattr)
     ranks = distributed.init_distributed("cpu")
-    for stage, how in (("sft", "ddp"), ("sft", "fsdp"), ("d2s", "fsdp")):
-        config, student, teacher, batch, shape = make(stage, parallel=how, checkpointing=True)
+    for stage, how in (("sft", "ddp"), ("d2s", "ddp"), ("sft", "fsdp"), ("d2s", "fsdp")):
+        config, student, teacher, batch, shape = make(stage, parallel=how, checkpointing=True, batch_size=8, micro_batch_size=2)
         items = plan.memory(student, teacher, config, 2, shape)
-        objective, optimizer, _ = distributed.parallelize(train.Objective(student, config), ranks, how, torch.bfloat16, lr=1e-5)
-        for _ in range(2):                                           # in the second, DDP arranges its buckets anew
+        before = [p.data for model in (student, teacher) if model is not None for p in model.parameters()]
+        with Sent(*before) as live:
+            objective, optimizer, _ = distributed.parallelize(train.Objective(student, config), ranks, how, torch.bfloat16, lr=1e-5)
+            live.peak = live.sent = 0                                # DDP sends all weights once, 250 MB at a time
+            with distributed.no_sync(objective):
+                run_pass(config, objective, student, teacher, batch)
             run_pass(config, objective, student, teacher, batch)
-        models = [student] if teacher is None else [student, teacher]
-        weights = {id(p): distributed.local(p) for model in models for p in model.parameters()}
+            peak = live.peak
+            optimizer.step()
+            sent = live.sent
+            distributed.zero_grad(objective, optimizer)
+            if how == "ddp":
+                live.peak = 0
+                run_pass(config, objective, student, teacher, batch)
         grads = [distributed.local(p.grad) for p in student.parameters() if p.grad is not None]
-        with Live(*weights.values(), *grads) as live:
-            run_pass(config, objective, student, teacher, batch)
-        optimizer.step()
+        weights = {id(p): distributed.local(p) for model in (student, teacher) if model is not None for p in model.parameters()}
         Adam = [distributed.local(state[key]) for state in distributed.local_optimizer(optimizer).state.values()
                 for key in ("exp_avg", "exp_avg_sq")]
         # Pieces are not all of one size: where the rows of a matrix do not divide, rank 0 has one more.
         assert max(ranks.all_gather(plan.size_of(Adam))) == pytest.approx(items["Adam's moments, fp32"], rel=0.01)
-        assert plan.size_of(grads) == pytest.approx(items["gradients, fp32"], rel=0.01)
         assert plan.size_of(weights.values()) == pytest.approx(
             items["trainable weights, fp32"] + items["frozen weights"] + items["teacher"], rel=0.01)
-        assert live.peak == pytest.approx(passing(items), rel=0.1), (stage, how)
+        planned = passing(items) + items["gradients, fp32"]
+        if how == "ddp":
+            assert plan.size_of(grads) == pytest.approx(items["gradients, fp32"], rel=0.01)
+            assert live.peak < max(1.1 * planned, 2.05 * items["gradients, fp32"]) + plan.size_of(Adam)
+        else:                                                        # its shards are new tensors
+            planned += items["trainable weights, fp32"] + items["frozen weights"] - plan.size_of(student.vision.parameters())
+        assert peak == pytest.approx(planned, rel=0.1), (stage, how)
+        assert sent == pytest.approx(sum(plan.communication(student, teacher, config, 2).values()), rel=0.01), (stage, how)
     if ranks.rank == 0:
         print("all as planned")
     dist.destroy_process_group()
@@ -433,7 +461,7 @@ def two_ranks():
 
 def test_the_2b_students_dense_distillation_worked_by_hand():
     """
-    config/d2d.py on 16 GPUs: Qwen1.5-1.8B is distilled from Qwen1.5-7B, 2 rows per micro-batch, 2,048 positions each.
+    config/d2d.py on 16 GPUs: Qwen1.5-1.8B is distilled from Qwen1.5-7B, 4 rows per micro-batch, 2,048 positions each.
 
     parameters    a block has q, k, v of 2048^2 + 2048, o of 2048^2, an FFN of 3 x 2048 x 5504 and norms of 2 x 2048:
                   50,604,032; 24 of them, embedding and head of 151,936 x 2048, a norm of 2048: 1,836,828,672.
@@ -445,8 +473,9 @@ def test_the_2b_students_dense_distillation_worked_by_hand():
     activations   the stream is fp32, and in a block a position leaves the norms' inputs, 2 x 4 x 2048 bytes; their
                   outputs in bf16, 2 x 2 x 2048; q, k, v and the attention's output, 4 x 2 x 2048;
                   log-sum-exp, 4 x 16; gate, silu, up and product, 4 x 2 x 5504. Together 85,056. 24 blocks and 8,192
-                  of the last norm, for 2 x 2048 positions: 8.395 GB. The adaptor's: 2 x 576 x 2 x (1024 + 2 x 2048)
-                  = 0.012 GB.
+                  of the last norm, for 4 x 2048 positions: 16.790 GB. The adaptor's: 4 x 576 x 2 x (1024 + 2 x 2048)
+                  = 0.024 GB.
+    sent          of the gradients, 7.372 GB, 2 x 15/16 in an all-reduce; of the weights 15/16 in a broadcast: 20.735 GB.
     arithmetic    2 x 826 positions a row x 24 (4 x 2048^2 + 3 x 2048 x 5504) = 2.006 TFLOPs in the blocks' matrices,
                   twice that backward; a step has 128 rows.
     """
@@ -455,12 +484,32 @@ def test_the_2b_students_dense_distillation_worked_by_hand():
     student, teacher = plan.build(config)
     items = plan.memory(student, teacher, config, 16, plan.longest_rows(config))
     expected = {"trainable weights, fp32": 7.372, "gradients, fp32": 7.372, "Adam's moments, fp32": 2.489,
-                "frozen weights": 0.607, "teacher": 15.485, "activations": 8.395 + 0.012}
+                "frozen weights": 0.607, "teacher": 15.485, "activations": 16.790 + 0.024}
     assert {name: items[name] / 1e9 for name in expected} == pytest.approx(expected, abs=1e-3)
+    assert sum(plan.communication(student, teacher, config, 16).values()) / 1e9 == pytest.approx(20.735, abs=1e-3)
     passes = plan.flops(student, teacher, config, plan.average_step(student, config))
     adaptor = 2 * 576 * (1024 * 2048 + 2048 * 2048)
     assert passes["student forward"]["matrices"] / 128 - adaptor == pytest.approx(2.006e12, rel=1e-3)
     assert passes["student backward"]["matrices"] / 128 == pytest.approx(2 * 2.006e12, rel=5e-3)
+
+
+def test_the_teachers_communication_worked_by_hand():
+    """
+    config/teacher_sft.py on 16 GPUs, FSDP in bf16: of 7.742 billion numbers in decoder and adaptor, all are gathered for the
+    forward, those of the blocks (6.477 billion) for the backward, 2 bytes each; all gradients are reduced, 4 bytes each.
+    15/16 of it: 55.7 GB per micro-batch. One of 8 rows per step sends that once, 8 of one row eight times.
+
+    On 16 GPUs a step of 5.7 PFLOPs at 40% of 312 TFLOP/s takes 2.86 s; 446 GB at 80 GB/s take 5.57 s, 2.7 s of it not hidden.
+    """
+    recipe = [str(Path(plan.__file__).parents[1] / "config/teacher_sft.py"), "--student=Qwen/Qwen1.5-7B"]
+    for flags, sent, exposed in (([], 55.7, 0.0), (["--micro_batch_size=1"], 445.6, 2.7)):
+        config = load_config(train.DEFAULTS, recipe + flags)
+        student, _ = plan.build(config)
+        found = plan.communication(student, None, config, 16)
+        assert sum(found.values()) / 1e9 == pytest.approx(sent, abs=0.1)
+        passes = plan.flops(student, None, config, plan.average_step(student, config))
+        assert plan.exposed_seconds(passes, found, config, 16, 80e9) == pytest.approx(exposed, abs=0.05)
+        assert plan.communication(student, None, config, 1) == {}
 
 
 def gigabytes(stage, world_size=16, **settings):
@@ -492,9 +541,11 @@ def test_the_report_names_the_verdict_and_every_assumption(world):
 def test_the_table_has_every_stage_of_every_student():
     lines = plan.table().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert len(cells) == 2 * (3 + 2 * 5) and all(len(row) == 7 for row in cells)
+    assert len(cells) == 2 * (3 + 2 * 5) and all(len(row) == 9 for row in cells)
     for start in (3, 8, 16, 21):                                     # the four students: align, d2d, d2s, pd, all
-        hours = [float(row[6]) for row in cells[start:start + 5]]
+        hours = [float(row[7]) for row in cells[start:start + 5]]
+        assert all(float(row[7]) <= float(first) <= float(second) <= float(third) for row in cells[start:start + 5]
+                   for first, second, third in [row[8].split(" / ")])
         assert [row[1] for row in cells[start:start + 5]] == ["align", "d2d", "d2s", "pd", "all"]
         assert sum(hours[:4]) == pytest.approx(hours[4], abs=2)
 

@@ -197,7 +197,7 @@ FAULTS = [
      lambda *at: stage(*at, "d2d")),
     (train, "sequence_logprobs", ", device=states.device", "", lambda *at: stage(*at, "pd", micro_batch_size=2)),
     (train, "train_step", "torch.zeros((), device=dist.device)", "torch.zeros(())", lambda *at: stage(*at, "align")),
-    (train, "setup", "student.to(dist.device)", "None", lambda *at: stage(*at, "align")),
+    (train, "setup", "open_student(config, dist.device)", "open_student(config)", lambda *at: stage(*at, "align")),
     (train, "open_teacher", ", device=device", "", lambda *at: stage(*at, "d2d")),
     (train, "cached_reference", 'batch["teacher_tail"]', 'batch["teacher_tail"].cpu()', cache),
     (train, "teacher_targets", "to_device(device, batch)", "batch", cache),

@@ -99,7 +99,7 @@ def test_the_same_on_two_ranks_and_after_a_resume(runs, other):
 
 
 def test_a_teacher_cache_serves_them_too(world, runs, tmp_path):
-    """All 64 words kept per token: the cached distribution is whole. The cache is of all rows, so any val_rows will do."""
+    """All 64 words kept per token: the cached distribution is whole. Another val_rows adds the rows that it visits besides."""
     for rows in (6, 8):
         train.main(flags(world, "d2s", tmp_path / str(rows), **HELD_OUT | dict(val_rows=rows), teacher_cache=tmp_path / "cache"))
     assert records(tmp_path / "6")[-1]["val_loss"] == pytest.approx(records(runs / "one")[-1]["val_loss"], abs=1e-4)

@@ -5,8 +5,8 @@ It differs from the speedrun's where differences between arms could not be told 
 
     noise        1 in 10 answers is wrong, in the teacher's rows and in the student's alike
     warm.json    250 scenes for a student that all arms of a seed start from
-    arm.json     100 other scenes, 1,400 rows: what an arm is trained on. arm_half.json has the first 50 scenes of
-                 them, arm_double.json 100 more, and arm_noise30.json the same questions with 3 wrong answers in 10
+    arm.json     50 other scenes, 700 rows: what an arm is trained on. arm_half.json has the first 25 scenes of
+                 them, arm_double.json 50 more, and arm_noise30.json the same questions with 3 wrong answers in 10
     teacher_shuffled.json   the teacher's rows with the pictures of others: a teacher that knows only text
     held_out.json           rows of test scenes without noise, to measure the KL to the teacher on
     pd.json      preference pairs whose chosen answer is true; `better_answers` makes the other kind, whose chosen
@@ -29,7 +29,7 @@ from tiny.scene import Scene
 
 TEST_SPLIT = {"study": "final", "tuning": "validation"}
 SIZES = {                # scenes
-    "teacher": 6000, "warm": 250, "arm": 200, "held_out": 100, "preference": 4000,
+    "teacher": 6000, "warm": 250, "arm": 100, "held_out": 100, "preference": 4000,
     "pope": 320, "gqa": 600, "objhal": 1000,
     "unseen_pope": 200, "unseen_gqa": 300, "unseen_objhal": 300,
 }

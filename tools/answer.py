@@ -33,12 +33,13 @@ import numpy as np
 import torch
 
 from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
-from data import (IMAGE, image_names, llava_row, load_image, parse_instruction, render, require_image, transform_image)
+from data import IMAGE, load_image, render, require_image, transform_image
 from engine import prefix
 from engine.distributed import Dist, init_distributed
 from engine.files import digest_of_folder, disk_errors, read_json, sha256_of_file, write_json, write_lines
 from engine.hf import describe_llava, require_tokenizer
 from engine.index import read_rows, row_name
+from engine.rows import image_names, llava_row, parse_instruction
 from model import Llava
 
 DEFAULTS = dict(

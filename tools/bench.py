@@ -180,6 +180,26 @@ def plain_loss(what, hidden, head, teacher, targets) -> torch.Tensor:
     return losses.TOKEN_LOSSES[what](student_logits, teacher_logits)
 
 
+def trl_loss(what, hidden, head, teacher, targets) -> torch.Tensor:
+    """By tiles of tokens and vocabulary, all of them computed again in the backward pass."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    each, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher.hidden, teacher.head, None, 0.0)   # 0: forward
+    return each
+
+
+def torchtune_loss(what, hidden, head, teacher, targets) -> torch.Tensor:
+    """All logits exist, only the softmax is taken by chunks. -> the cross-entropy to the teacher, summed (1,)."""
+    from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss
+    loss = ForwardKLWithChunkedOutputLoss()
+    student_logits, teacher_logits = ([F.linear(part, weight)[None] for part in x.chunk(loss.num_output_chunks)]
+                                      for x, weight in ((hidden, head), (teacher.hidden, teacher.head)))
+    return loss(student_logits, teacher_logits, targets[None])[None] * len(targets)
+
+
+LOSS_SIDES = {"ours": our_loss, "plain": plain_loss, "trl": trl_loss, "torchtune": torchtune_loss}
+CHUNKED_PEERS = [name for name in ("trl", "torchtune") if importlib.util.find_spec(name)]        # optional; forward KL only
+
+
 def loss_case(case: str, side: str, size: dict, options: Config) -> Callable:
     what, kind = case.split()
     torch.manual_seed(0)
@@ -192,28 +212,35 @@ def loss_case(case: str, side: str, size: dict, options: Config) -> Callable:
     head.requires_grad_(kind == "trained")
     teacher = TeacherReference(hidden=draw(N, Dt).to(dtype), head=(draw(V, Dt) * 2 / Dt ** 0.5).to(dtype))
     targets = torch.randint(V, (N,), device=options.device)
-    compute = our_loss if side == "ours" else plain_loss
 
     def run_once() -> list[torch.Tensor]:
         hidden.grad = head.grad = None
         with torch.autocast(options.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            each = compute(what, hidden, head, teacher, targets)
+            each = LOSS_SIDES[side](what, hidden, head, teacher, targets)
             (each.sum() / N).backward()
-        return [each.detach(), hidden.grad] + [head.grad] * head.requires_grad
+        return [hidden.grad] + [head.grad] * head.requires_grad + [each.detach()] * (side != "torchtune")
     return run_once
 
 
 def bench_loss(size: dict, options: Config) -> Iterator[dict]:
     for case in LOSSES:
-        runs = {side: loss_case(case, side, size, options) for side in ("ours", "plain")}
-        difference = largest_difference(runs["ours"](), runs["plain"]())
-        yield row(case, "largest relative difference", "", difference, target="<= 0.02")
+        peers = {"plain": ("full logits", "<= 1.1", "<= 0.1")}
+        if case.startswith("forward"):
+            peers |= {name: (name, "<= 1.11", "<= 1") for name in CHUNKED_PEERS}
+        runs = {side: loss_case(case, side, size, options) for side in ("ours", *peers)}
+        ours = runs["ours"]()
+        for side, (against, _, _) in peers.items():
+            theirs = runs[side]()
+            yield row(case, f"largest relative difference, {against}", "", largest_difference(ours[:len(theirs)], theirs),
+                      target="<= 0.02")
+        del ours, theirs
         seconds = take_turns(runs, options)
         del runs
-        yield row(case, "time", "s", seconds["ours"], seconds["plain"], "full logits", "<= 1.1")
         head = 4 * size["vocab"] * size["student"] if "trained" in case else 0       # its gradient is needed either way
-        ours, plain = (peak_memory("loss", case, side, options)["above"] - head for side in ("ours", "plain"))
-        yield row(case, "memory above inputs", "B", ours, plain, "full logits", "<= 0.1")
+        memory = {side: peak_memory("loss", case, side, options)["above"] - head for side in ("ours", *peers)}
+        for side, (against, time_target, memory_target) in peers.items():
+            yield row(case, "time", "s", seconds["ours"], seconds[side], against, time_target)
+            yield row(case, "memory above inputs", "B", memory["ours"], memory[side], against, memory_target)
 
 
 # -----------------------------------------------------------------------------
@@ -356,10 +383,13 @@ def save_pair(size: dict, folder: str, sparse: bool, device: str) -> None:
 
 def make_config(stage: str, size: dict, options: Config, **settings) -> Config:
     """The settings that train.py would have from flags."""
-    # The balance loss is computed and then weighs nothing: transformers' is another one (not per sequence).
     flags = dict(stage=stage, student=f"{options.folder}/student", teacher=f"{options.folder}/teacher", data="random",
                  out_dir="none", batch_size=size["rows"], micro_batch_size=size["rows"], dtype=size["dtype"],
-                 device=options.device, balance_coef=0.0, on_policy_tokens=size["response"]) | settings
+                 device=options.device) | settings
+    if stage in ("d2s", "pd"):
+        flags["balance_coef"] = 0.0      # computed, and then it weighs nothing: transformers' is another one (not per sequence)
+    if settings.get("on_policy"):
+        flags["on_policy_tokens"] = size["response"]
     return train.configure([f"--{key}={value}" for key, value in flags.items()])
 
 

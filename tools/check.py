@@ -5,9 +5,9 @@ Check training files before training: every row, and every mistake in one pass.
     python -m tools.check --data=rows.json --image_dir=images --decode     and that every image can be read
     python -m tools.check --data=a.json,b.jsonl --model=out/tiny/pd        and how long the rows are in its tokens
 
-The rules are those of training (data.parse_instruction, or data.parse_pair for a file whose rows have "chosen"). The first
-wrong rows are shown, all are counted by kind and written to --out, one per line: {"file", "row", "error"}. Exit code 1 if
-there are any. Mend them; or write the right ones to another file with --keep; or train without them: train.py
+The rules are those of training (engine/rows.py: `parse_pair` for a file whose rows have "chosen", else `parse_instruction`).
+The first wrong rows are shown, all are counted by kind and written to --out, one per line: {"file", "row", "error"}. Exit
+code 1 if there are any. Mend them; or write the right ones to another file with --keep; or train without them: train.py
 --skip_bad_rows, which leaves out what is wrong here without --decode.
 """
 import json
@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from configurator import POSITIVE, Config, Stopped, UserError, check_uses, check_values, cut, load_config, run
-from data import load_image, parse_instruction, parse_pair, require_image
+from data import load_image, require_image
 from engine.files import write_lines
 from engine.hf import describe_llava, require_tokenizer
 from engine.index import measure, parse_sources, read_rows, row_name
+from engine.rows import parse_instruction, parse_pair
 
 DEFAULTS = dict(
     data="",                    # as in train.py: files, separated by commas; weights do not matter

@@ -32,6 +32,9 @@ dot products per position, less than a thousandth of a step.
 An on-policy step first generates an answer to each row: the prompt once, then token by token, forward only. Those few
 FLOPs take long, because every token reads all weights again; the report names that time separately.
 
+Between GPUs, each sends gradients and weights once or several times per step (`communication`). What a GPU does not
+hide behind its arithmetic adds to the hours, and depends on the links: BANDWIDTHS.
+
 The models are built on torch's meta device: shapes and dtypes without numbers. Letters as in model.py; GB are 10^9
 bytes.
 """
@@ -59,6 +62,9 @@ from train import DEFAULTS, FEATURE_WEIGHTS, Objective, choose_trainable, config
 # Assumptions. A report prints them.
 PEAK_FLOPS = {"bfloat16": 312e12, "float32": 156e12}   # of an A100, per second; fp32 through tf32
 UTILIZATION = 0.4              # the share of it that a training step reaches
+HEAD_FLOPS = 15e12             # of pd's logits in a bf16 run: fp32, not tf32
+BANDWIDTHS = (150e9, 80e9, 20e9)   # bytes per second and GPU between GPUs: what nccl-tests call bus bandwidth. About: NVLink
+                               # or eight 200 Gb/s cards per machine; four of them; one
 BANDWIDTH = 2.0e12             # bytes per second that an A100 reads, which limits generation
 OVERHEAD = 1.5e9               # bytes: CUDA context, buffers of NCCL and cuBLAS
 CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to the gaps between tensors
@@ -443,6 +449,43 @@ def quadratic(T: float, D: int) -> float:
 
 
 # -----------------------------------------------------------------------------
+# Communication, in bytes that each GPU sends per step
+
+def communication(student: Llava, teacher: Llava | None, config: Config, world_size: int) -> dict[str, float]:
+    """Each collective of a step. On a ring of W GPUs a broadcast, an all-gather or a reduce-scatter of a tensor sends
+    (W - 1) / W of it from each GPU, an all-reduce twice that."""
+    if world_size == 1:
+        return {}
+    share, half = (world_size - 1) / world_size, getattr(torch, config.dtype).itemsize
+    mapping = hidden_map(student, teacher, config)
+    trainable = count([p for p in student.parameters() if p.requires_grad] + mapping)
+    if config.parallel == "ddp":
+        return {"gradients: all-reduce": 2 * share * 4 * trainable, "updated weights: broadcast": share * 4 * trainable}
+    sharded = count(student.adaptor.parameters()) + count(student.decoder.parameters()) + count(mapping)
+    routers = count(p for name, p in student.named_parameters() if ".router." in name)
+    blocks = count(student.decoder.blocks.parameters())              # again for the backward; the rest stays gathered
+    gathered = half * (sharded + blocks) + 2 * (4 - half) * routers
+    return {"weights: all-gather": micro_steps(config, world_size) * share * gathered,
+            "gradients: reduce-scatter": micro_steps(config, world_size) * share * 4 * trainable}
+
+
+def micro_steps(config: Config, world_size: int) -> int:
+    return max(1, config.batch_size // (config.micro_batch_size * world_size))
+
+
+def exposed_seconds(passes: dict[str, Counter], sent: dict[str, float], config: Config, world_size: int,
+                    bandwidth: float) -> float:
+    """Of a step: how long a GPU waits for communication. FSDP's overlaps with all arithmetic; DDP's all-reduce with the
+    backward of the last micro-batch, and its broadcast with nothing."""
+    if config.parallel == "fsdp":
+        return max(0.0, sum(sent.values()) / bandwidth - gpu_seconds(passes, config) / world_size)
+    backward = {what: passes[what] for what in ("student backward", "student's blocks again")}
+    hidden = gpu_seconds(backward, config) / world_size / micro_steps(config, world_size)
+    reduce, broadcast = (size / bandwidth for size in sent.values()) if sent else (0, 0)
+    return max(0.0, reduce - hidden) + broadcast
+
+
+# -----------------------------------------------------------------------------
 # A run: its batches, its steps, its hours
 
 def longest_rows(config: Config, longest: int | None = None) -> Batch:
@@ -464,15 +507,18 @@ def paper_steps(config: Config) -> int:
     return config.max_steps or config.epochs * STAGES[config.stage].rows // config.batch_size
 
 
-def gpu_hours(passes: dict[str, Counter], steps: int, config: Config) -> float:
-    return steps * sum(parts.total() for parts in passes.values()) / (UTILIZATION * PEAK_FLOPS[config.dtype]) / 3600
+def gpu_seconds(passes: dict[str, Counter], config: Config) -> float:
+    """The arithmetic of `passes` on one GPU."""
+    total, head = sum(parts.total() for parts in passes.values()), 0.0
+    if config.stage == "pd" and config.dtype == "bfloat16":
+        head = sum(parts["head"] for parts in passes.values())
+    return (total - head) / (UTILIZATION * PEAK_FLOPS[config.dtype]) + head / HEAD_FLOPS
 
 
 def generation_seconds(student: Llava, config: Config, world_size: int) -> float:
     """Of an on-policy step at least: each token of each micro-batch reads the decoder's weights."""
-    micro_steps = max(1, config.batch_size // (config.micro_batch_size * world_size))
     weights = getattr(torch, config.dtype).itemsize * count(student.decoder.parameters())
-    return micro_steps * config.on_policy_tokens * weights / BANDWIDTH
+    return micro_steps(config, world_size) * config.on_policy_tokens * weights / BANDWIDTH
 
 
 def verdict(student: Llava, teacher: Llava | None, config: Config, world_size: int, longest: int | None,
@@ -521,9 +567,18 @@ def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | No
     lines += ["", *columns(["TFLOPs per step", "matrices", "attention", "head", "all"], figures, sum_up=True)]
     known = steps or config.max_steps
     steps = known or paper_steps(config)
-    hours = gpu_hours(passes, steps, config)
-    lines += [f"{steps:,} steps of {step.rows * step.tokens:,.0f} positions, {3600 * hours / world_size / steps:.2f} s "
-              f"each: {hours / world_size:,.1f} hours, {hours:,.1f} GPU-hours", "", "This assumes"]
+    seconds = gpu_seconds(passes, config) / world_size
+    lines += [f"{steps:,} steps of {step.rows * step.tokens:,.0f} positions, {seconds:.2f} s each: "
+              f"{steps * seconds / 3600:,.1f} hours, {steps * seconds * world_size / 3600:,.1f} GPU-hours"]
+    if sent := communication(student, teacher, config, world_size):
+        rows = [[what, size / 1e9, *(size / bandwidth for bandwidth in BANDWIDTHS)] for what, size in sent.items()]
+        lines += ["", *columns(["sent by each GPU per step", "GB", *(f"s at {b / 1e9:.0f} GB/s" for b in BANDWIDTHS)], rows,
+                               sum_up=True)]
+        for bandwidth in BANDWIDTHS:
+            wait = exposed_seconds(passes, sent, config, world_size, bandwidth)
+            lines += [f"at {bandwidth / 1e9:.0f} GB/s {wait:.2f} s per step are not hidden behind arithmetic: "
+                      f"{steps * (seconds + wait) * world_size / 3600:,.1f} GPU-hours"]
+    lines += ["", "This assumes"]
     if not known:
         lines += [f"- the {stage.rows:,} rows that the paper has in this stage, for {config.epochs} epoch(s)"]
     if lengths is None:
@@ -591,8 +646,8 @@ def measure_rows(config: Config) -> tuple[np.ndarray | None, int | None]:
 
 def table(world_size: int = 16) -> str:
     """The recipe's configs, for the paper's four students and their teachers, in Markdown."""
-    lines = ["| model | stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | steps | A100-hours |",
-             "|---|---|--:|---|--:|--:|--:|"]
+    heads, rule = table_heads()
+    lines = [f"| model {heads}", f"|---{rule}"]
     families = {"Qwen/Qwen1.5-7B": ["Qwen/Qwen1.5-0.5B", "Qwen/Qwen1.5-1.8B"],
                 "Qwen/Qwen2-7B": ["Qwen/Qwen2-0.5B", "Qwen/Qwen2-1.5B"]}
     for teacher, students in families.items():
@@ -603,20 +658,29 @@ def table(world_size: int = 16) -> str:
                 runs = [["teacher_align", *new], ["teacher_sft", f"--student={model}"]]
             rows = [table_row(name, flags, world_size) for name, *flags in runs]
             lines += [f"| {model} | {cells} |" for cells, _ in rows]
-            lines.append(f"| {model} | all | | | | | {sum(hours for _, hours in rows):.0f} |")
+            lines.append(f"| {model} | all | | | | | | {hours_cells([sum(column) for column in zip(*(h for _, h in rows))])} |")
     return "\n".join(lines)
 
 
 def chain(world_size: int = 16) -> str:
     """The recipe as it is shipped, from the teacher's adaptor to the evaluation, in Markdown."""
-    lines, total = ["| stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | steps | A100-hours |",
-                    "|---|--:|---|--:|--:|--:|"], 0
-    for name in CHAIN:
-        cells, hours = table_row(name, [], world_size)
-        lines, total = lines + [f"| {cells} |"], total + hours
+    rows = [table_row(name, [], world_size) for name in CHAIN]
     hours = evaluation_hours(build(configure([str(CONFIGS / "pd.py")]))[0])
-    return "\n".join([*lines, f"| evaluation, {sum(n for n, _ in QUESTIONS.values()):,} questions | | | | | {hours:.1f} |",
-                      f"| all | | | | | {total + hours:.0f} |"])
+    totals = [sum(column) + hours for column in zip(*(each for _, each in rows))]
+    return "\n".join([*table_heads(), *(f"| {cells} |" for cells, _ in rows),
+                      f"| evaluation, {sum(n for n, _ in QUESTIONS.values()):,} questions | | | | | | {hours_cells([hours] * 4)} |",
+                      f"| all | | | | | | {hours_cells(totals)} |"])
+
+
+def table_heads() -> list[str]:
+    links = " / ".join(f"{bandwidth / 1e9:.0f}" for bandwidth in BANDWIDTHS)
+    return ["| stage | GB per GPU, longest rows (average) | fits | PFLOPs per step | GB sent per GPU and step | steps | "
+            f"A100-hours, arithmetic | with links of {links} GB/s |", "|---|--:|---|--:|--:|--:|--:|--:|"]
+
+
+def hours_cells(hours: list[float]) -> str:
+    alone, *linked = (f"{each:.0f}" if each >= 1 else f"{each:.1f}" for each in hours)
+    return f"{alone} | {' / '.join(linked)}"
 
 
 def evaluation_hours(student: Llava, batch_size: int = 16, prompt: int = 90) -> float:
@@ -629,8 +693,8 @@ def evaluation_hours(student: Llava, batch_size: int = 16, prompt: int = 90) -> 
     return seconds / 3600
 
 
-def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, float]:
-    """One config's cells, and its GPU-hours."""
+def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, list[float]]:
+    """One config's cells, and its GPU-hours: of the arithmetic alone, and with each of BANDWIDTHS."""
     config = configure([str(CONFIGS / f"{name}.py"), *flags])
     student, teacher = build(config)
     step, steps = average_step(student, config), paper_steps(config)
@@ -638,8 +702,12 @@ def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, float]
                    for longest in (None, round(step.tokens)))
     fits = " and ".join(card for card, room in CARDS.items() if most <= room) or "neither"
     passes = flops(student, teacher, config, step)
-    total, hours = sum(parts.total() for parts in passes.values()), gpu_hours(passes, steps, config)
-    cells = [name, f"{most / 1e9:.0f} ({usual / 1e9:.0f})", fits, f"{total / 1e15:.1f}", f"{steps:,}", f"{hours:.0f}"]
+    total, seconds = sum(parts.total() for parts in passes.values()), gpu_seconds(passes, config)
+    sent = communication(student, teacher, config, world_size)
+    waits = [0.0, *(exposed_seconds(passes, sent, config, world_size, bandwidth) for bandwidth in BANDWIDTHS)]
+    hours = [steps * (seconds + world_size * wait) / 3600 for wait in waits]
+    cells = [name, f"{most / 1e9:.0f} ({usual / 1e9:.0f})", fits, f"{total / 1e15:.1f}", f"{sum(sent.values()) / 1e9:.1f}",
+             f"{steps:,}", hours_cells(hours)]
     return " | ".join(cells), hours
 
 

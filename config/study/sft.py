@@ -1,4 +1,4 @@
-# The study's reference: the warm student on an arm's 1,400 rows, by cross-entropy.
+# The study's reference: the warm student on an arm's 700 rows, by cross-entropy.
 #   python train.py config/study/sft.py
 stage = "sft"
 student = "out/study/seed_100/warm"
@@ -9,7 +9,7 @@ out_dir = "out/study/seed_100/sft"
 dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
-max_steps = 200             # 32 x 200 = 4.6 times over 1,400 rows
+max_steps = 200             # 32 x 200 = 9.1 times over 700 rows
 learning_rate = 1e-3
 grad_clip = 1.0
 max_length = 128

@@ -200,7 +200,7 @@ def filled(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_cache, "ROWS_PER_FILE", 8)
         for name, data in (("cache", world / "rows.json"), ("other", folder / "other.json")):
-            train.main(flags(world, "d2d", folder / f"out_{name}", max_steps=1, data=data, teacher_cache=folder / name))
+            train.main(flags(world, "d2d", folder / f"out_{name}", max_steps=4, data=data, teacher_cache=folder / name))
     return folder
 
 
@@ -276,7 +276,7 @@ def test_a_cache_that_is_not_what_was_written_is_refused(world, filled, tmp_path
     DAMAGE[kind](folder, filled)
     for teacher in (world / "teacher", tmp_path / "gone"):
         with pytest.raises(UserError) as caught:
-            train.main(flags(world, "d2d", tmp_path / "out", max_steps=1, teacher_cache=folder, teacher=teacher))
+            train.main(flags(world, "d2d", tmp_path / "out", max_steps=4, teacher_cache=folder, teacher=teacher))
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
@@ -285,7 +285,7 @@ def test_a_damaged_file_is_filled_again_once_it_is_deleted(world, filled, tmp_pa
     monkeypatch.setattr(teacher_cache, "ROWS_PER_FILE", 8)
     folder = shutil.copytree(filled / "cache", tmp_path / "cache")
     flip(0.5)(folder, filled)
-    arguments = flags(world, "d2d", tmp_path / "out", max_steps=1, teacher_cache=folder)
+    arguments = flags(world, "d2d", tmp_path / "out", max_steps=4, teacher_cache=folder)
     with pytest.raises(UserError, match="its checksum is wrong.; delete it, and the next run fills it again"):
         train.main(arguments)
     first(folder).unlink()
@@ -298,7 +298,7 @@ def test_a_complete_cache_is_only_read(world, filled, tmp_path, monkeypatch):
     """So it may lie on a read-only disk, and several runs may use it at once."""
     monkeypatch.setattr(teacher_cache, "ROWS_PER_FILE", 8)
     monkeypatch.setattr(teacher_cache, "claim", None)
-    train.main(flags(world, "d2d", tmp_path / "out", max_steps=1, teacher_cache=filled / "cache"))
+    train.main(flags(world, "d2d", tmp_path / "out", max_steps=4, teacher_cache=filled / "cache"))
     same(filled / "out_cache", tmp_path / "out")
 
 

@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import tiny.__main__ as tiny
 import train
 from configurator import UserError
 from engine import resume
-from engine.files import check_owner, claim, digest_of_folder, release
+from engine.files import atomic, check_owner, claim, digest_of_folder, release
 from engine.teacher_cache import OWNER, TeacherCache
 from kill_study import FORK, ROOT, ended, start
 from test_train import flags
@@ -171,7 +173,8 @@ def test_two_runs_that_fill_one_cache(tmp_path):
         barrier.wait()
         cache = TeacherCache(tmp_path / "cache", 10, {"data": "x"})
         for path, _ in cache.claim_missing():
-            path.write_text(str(os.getpid()))
+            with atomic(path) as tmp:
+                save_file({"row_offsets": torch.arange(11)}, tmp)
             write(tmp_path, f"filled by {rank}")
         cache.release()
     codes, errors = ended(start(4, work))

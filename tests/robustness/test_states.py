@@ -214,10 +214,10 @@ def test_a_run_that_ends_while_the_second_one_starts(world, whole, tmp_path, mon
         newest(out).unlink()
     original = train.open_student
 
-    def slowly(config):
+    def slowly(config, device):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(whole, out)
-        return original(config)
+        return original(config, device)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "open_student", slowly)

@@ -18,10 +18,11 @@ import torch
 import sample
 from configurator import UserError, load_config, require_memory
 from conftest import make_tokenizer
-from data import Sampler, as_text, load_image, parse_instruction, parse_pair, render
+from data import Sampler, as_text, load_image, render
 from engine import files, index
 from engine.hf import open_weights, read_tokenizer
 from engine.index import InstructionData, PreferenceData, parse_sources
+from engine.rows import parse_instruction, parse_pair
 from model import Llava
 from moe import upcycle
 

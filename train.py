@@ -408,15 +408,11 @@ def count_batch(micro_batches: list[dict], config: Config) -> dict[str, int]:
     return dict(total)
 
 
-def sum_counts(total: dict[str, int], dist: Dist) -> dict[str, int]:
-    return dict(zip(total, dist.all_reduce(torch.tensor(list(total.values()), device=dist.device)).tolist()))
-
-
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     """The loss and its parts on the held-out rows, as if they were one batch."""
     config, dist, sums = run.config, run.dist, {}
-    total = sum_counts(count_batch(run.held_out, config), dist)
+    total = dist.sum_counts(count_batch(run.held_out, config))
     for batch in run.held_out:
         batch = to_device(dist.device, batch)
         with autocast(config, dist.device):
@@ -436,7 +432,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     if config.dry_run:
         return runpy.run_module("tools.plan")["main"](argv)
     stop = stop or Stop()
-    dist = distributed.init_distributed(config.device, tf32=config.dtype == "float32", deterministic=config.deterministic)
+    dist = distributed.init_distributed(config.device, tf32=config.dtype == "float32", deterministic=config.deterministic,
+                                        patience=600 if config.compile else 60)                  # ranks compile at their own pace
     out_dir = Path(config.out_dir)
     run = setup(config, dist)
     if run is None:
@@ -451,7 +448,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         if is_on_policy(config, step) and micro_batches:
             micro_batches, answers = sample_step(run, micro_batches, step)
         generation = time.time() - step_began
-        total = sum_counts(count_batch(micro_batches, config) | answers | stop.votes(), dist)
+        total = dist.sum_counts(count_batch(micro_batches, config) | answers | stop.votes())
         if any(total[vote] for vote in stop.votes()):
             if step - 1 > run.first_step and (step - 1) % config.save_every:
                 save_state(run, step - 1)
@@ -463,6 +460,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         record = log.record(step, loss, parts, lr, grad_norm, total["tokens"], time.time() - step_began)
         if config.on_policy:
             record |= log.answers(total, generation)
+        if dist.device.type == "cuda":
+            record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)                # so far, of this rank's tensors
         is_validated = run.held_out and (step == run.steps or config.val_every and step % config.val_every == 0)
         if is_validated:
             record |= validate(run)

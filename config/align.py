@@ -1,6 +1,7 @@
 # Stage 1, the paper's "Initialization": a fresh adaptor is trained to map image features into Qwen1.5-1.8B (eq. 5).
 #
-#   torchrun --nproc_per_node=16 train.py config/align.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/align.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Reproduces: row "Stage-1" of the paper's Table 11. Hardware: 16 A100s of 80 GB.
 # Where the sources disagree:

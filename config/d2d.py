@@ -1,6 +1,7 @@
 # Stage 2, dense-to-dense mimic distillation: the whole dense student imitates the teacher's distributions (eq. 6).
 #
-#   torchrun --nproc_per_node=16 train.py config/d2d.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/d2d.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Reproduces: row "Stage-2" of Table 11. Hardware: 16 A100s of 80 GB.
 # Where the sources disagree:

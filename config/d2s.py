@@ -1,6 +1,7 @@
 # Stage 3, dense-to-sparse mimic distillation: every second FFN is upcycled to 4 experts, 2 active (eq. 7).
 #
-#   torchrun --nproc_per_node=16 train.py config/d2s.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/d2s.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Reproduces: row "Stage-3" of Table 11 (which starts from the second stage; it is not preference distillation).
 # Hardware: 16 A100s of 80 GB.

@@ -1,7 +1,8 @@
 # LLaVADI's final recipe (arXiv 2407.19409) on our models: the dense student by cross-entropy, by the teacher's
 # standardized logits on all text, and by its last hidden state on all positions.
 #
-#   torchrun --nproc_per_node=16 train.py config/llavadi.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/llavadi.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Hardware: 16 A100s of 80 GB. The map from width 2048 to 4096 (25M parameters) is trained, not exported.
 # docs/signals.md says what LLaVADI's own log shows about these choices.

@@ -1,6 +1,7 @@
 # Stage 4, preference distillation: DPO whose reference model is the teacher (eq. 8).
 #
-#   torchrun --nproc_per_node=16 train.py config/pd.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/pd.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Reproduces: Tables 4 and 5. Hardware: 16 A100s of 80 GB. Table 11 does not list this stage.
 # Where the sources disagree:

@@ -1,6 +1,7 @@
 # The baseline of Table 6: the same student and data as d2d.py, trained with cross-entropy on the data's own answers.
 #
-#   torchrun --nproc_per_node=16 train.py config/sft.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/sft.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #   torchrun --nproc_per_node=16 train.py config/d2s.py --student=out/2b/sft --teacher= --kd_weight=0.0 --out_dir=out/2b/sft_sparse
 #
 # The second line makes it sparse on the data of d2s.py, again without a teacher, so that both students have seen

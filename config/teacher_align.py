@@ -1,6 +1,7 @@
 # The teacher, first half: LLaVA-1.5's pretraining of the adaptor, with Qwen1.5-7B as the language model.
 #
-#   torchrun --nproc_per_node=16 train.py config/teacher_align.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/teacher_align.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Reproduces: LLaVA-1.5's recipe (arXiv 2310.03744) with another LLM, which is all that the paper says of its teachers.
 # Hardware: 16 A100s of 80 GB (nothing but the adaptor has gradients).

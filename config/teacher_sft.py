@@ -1,6 +1,7 @@
 # The teacher, second half: LLaVA-1.5's visual instruction tuning of the whole 7B model.
 #
-#   torchrun --nproc_per_node=16 train.py config/teacher_sft.py
+#   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/teacher_sft.py
+#   (the same line on two machines of 8 GPUs; HOST is one of them)
 #
 # Reproduces: the row "teacher, Qwen-1.5-7B" of the paper's Table 1 (average 62.1).
 # Hardware: 16 A100s. Weights, gradients and Adam's moments of 7.7B parameters take 16 bytes each, 124 GB: too much for one

@@ -20,6 +20,10 @@ Besides the backend for gradients (nccl on GPUs) there is a second process group
 timeout is 12 hours, because ranks wait there while rank 0 indexes the data or writes 20 GB. It also synchronizes
 errors: an exception on one rank ends all ranks, with one line on stderr, instead of leaving the others in a
 collective.
+
+How long ranks wait for one that is gone: a third group, over gloo too, sums the counts before each step. It notices a
+process that died at once, and waits ten minutes for one whose data is slow or whose machine is lost. The collectives
+within a step have only arithmetic between them: NCCL gives up after a minute instead of its ten.
 """
 import os
 from collections.abc import Callable, Iterator
@@ -36,7 +40,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import UserError
+from configurator import UserError, shorten
 from moe import SparseFFN
 
 
@@ -47,19 +51,32 @@ from moe import SparseFFN
 class Dist:
     """Rank, world size and collectives; no-ops when world_size == 1.
 
-    All but `all_reduce` run on the control plane. Every rank has to call them in the same order, and never nested.
+    All but `all_reduce` and `sum_counts` run on the control plane. Every rank has to call them in the same order, and never nested.
     """
     rank: int
     local_rank: int                            # rank within this machine
     world_size: int
     device: torch.device
     control: torch_dist.ProcessGroup | None    # the control plane; None when world_size == 1
+    counts: torch_dist.ProcessGroup | None = None    # for `sum_counts`
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place, over the fast backend."""
         if self.control:
             torch_dist.all_reduce(values)
         return values
+
+    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
+        """Sum each over the ranks: before every step, so that here is where ranks wait for data, and for the dead."""
+        values = torch.tensor(list(counts.values()))
+        if self.counts:
+            try:
+                torch_dist.all_reduce(values, group=self.counts)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"rank {self.rank}: another rank is gone ({shorten(reason)}); its own last lines say why; the same "
+                                "command goes on from the last saved state") from None
+        return dict(zip(counts, values.tolist()))
 
     def all_gather(self, value: object) -> list:
         """The value of every rank, in rank order."""
@@ -112,10 +129,11 @@ class Dist:
         return facts_by_rank[0]
 
 
-def init_distributed(device: str, tf32: bool = False, deterministic: bool = False) -> Dist:
+def init_distributed(device: str, tf32: bool = False, deterministic: bool = False, patience: int = 60) -> Dist:
     """Join the process group that torchrun describes in the environment. `device`: cpu, cuda or "" (cuda if any).
 
-    On a GPU, tf32: fp32 products with 10 bits of mantissa, eight times as fast; deterministic: no atomic additions.
+    On a GPU, tf32: fp32 products with 10 bits of mantissa, eight times as fast; deterministic: no atomic additions;
+    patience: seconds until NCCL takes a rank for dead.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -130,7 +148,7 @@ def init_distributed(device: str, tf32: bool = False, deterministic: bool = Fals
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.utils.deterministic.fill_uninitialized_memory = False
             torch.use_deterministic_algorithms(True)
-    control = None
+    control = counts = None
     if world_size > 1:
         if not torch_dist.is_initialized():
             store, _, _ = next(torch_dist.rendezvous("env://"))
@@ -141,9 +159,11 @@ def init_distributed(device: str, tf32: bool = False, deterministic: bool = Fals
                 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
                 store = torch_dist.PrefixStore(f"restart {restart}", store)
             torch_dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank,
-                                          world_size=world_size, device_id=device if use_cuda else None)
+                                          world_size=world_size, device_id=device if use_cuda else None,
+                                          timeout=timedelta(seconds=patience) if use_cuda else None)
         control = torch_dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    return Dist(rank, local_rank, world_size, device, control)
+        counts = torch_dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+    return Dist(rank, local_rank, world_size, device, control, counts)
 
 
 # -----------------------------------------------------------------------------

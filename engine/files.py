@@ -117,6 +117,7 @@ def sync(path: Path) -> None:
 # -----------------------------------------------------------------------------
 # Folders: who may write to one, and what one was made from
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)      # what lockf says on a file system without them
 MARK = "lock"    # the file that names a folder's owner, and whose lock keeps other processes out
 LOCKS = {}       # folder -> its open lock files; closing one of them would release the lock
 
@@ -162,7 +163,10 @@ def claim(folder: str | Path, owner: str, inputs: dict[str, str | None] | None =
 
 
 def lock(path: Path, wait: bool = False) -> TextIO:
-    """Lock a file, made if it is not there, until what is returned is closed or this process ends, however it ends."""
+    """Lock a file, made if it is not there, until what is returned is closed or this process ends, however it ends.
+
+    Some cluster file systems have no locks. There it says that nothing keeps a second run out, and goes on.
+    """
     with disk_errors(path):
         make_folder(path.parent)
         file = open(path, "a+")
@@ -174,6 +178,11 @@ def lock(path: Path, wait: bool = False) -> TextIO:
                                 "folder") from None
             print(f"{path.parent}: another run is writing there; waiting for it", file=sys.stderr)
             fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{path.parent}: its file system has no locks ({error.strerror}), so nothing keeps a second run from writing "
+                  "there; see to it that there is none", file=sys.stderr)
     return file
 
 

@@ -67,7 +67,8 @@ def line(records: list[dict], steps: int, seconds_per_step: float) -> str:
     grad_norm = statistics.fmean(record["grad_norm"] for record in records)
     left = seconds_per_step * (steps - last["step"])
     return "  ".join([f"step {last['step']}/{steps}", *[f"{name} {statistics.fmean(numbers):.4f}" for name, numbers in values.items()],
-                      f"lr {last['lr']:.2e}", f"grad {grad_norm:.3f}", f"{speed:,.0f} tok/s", f"{left / 60:.1f} min left"])
+                      f"lr {last['lr']:.2e}", f"grad {grad_norm:.3f}", f"{speed:,.0f} tok/s",
+                      *[f"{last[key]:.1f} GB" for key in ("peak_gb",) if key in last], f"{left / 60:.1f} min left"])
 
 
 def held_out_line(record: dict, steps: int) -> str:

@@ -36,6 +36,7 @@ Tensor = torch.Tensor
 WAITS = {"nonzero": 1, "masked_select": 1, "masked_scatter_backward": 1, "equal": 1, "unique": 1, "_unique2": 1,
          "bincount": 2, "repeat_interleave": 1}
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+PARSE_TO = torch._C._nn._parse_to    # with which nn.Module.to reads its arguments
 DEVICE, IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__
 READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
          Tensor.__format__, Tensor.__repr__, Tensor.__contains__}
@@ -117,7 +118,7 @@ class Calls(TorchFunctionMode):
             raise TypeError(f"can't convert cuda:0 device type tensor to numpy ({place()})")
         if function in READS and device_of(args[0]) == CUDA:
             self.gpu.wait(function.__name__)
-        device = as_device(kwargs.get("device"))
+        device = as_device(kwargs.get("device")) if function is not PARSE_TO else None
         if device == CUDA:
             kwargs["device"] = CPU
             if function in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
@@ -226,7 +227,7 @@ def pretend_cuda() -> Iterator[Gpu]:
                     (device_of(lists[0][0]), dtype): groups for (_, dtype), groups in group(lists).items()}),
                 (torch, "set_float32_matmul_precision", lambda precision: setattr(gpu, "matmul_precision", precision)),
                 (torch.cuda, "is_available", lambda: True), (torch.cuda, "set_device", lambda device: None),
-                (torch.cuda, "synchronize", lambda: gpu.wait("synchronize")),
+                (torch.cuda, "max_memory_allocated", lambda: 10**9), (torch.cuda, "synchronize", lambda: gpu.wait("synchronize")),
                 (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))):
             stack.enter_context(patch.object(target, name, replacement))
         # It compares the devices of what it kept and of what it computes again, outside of the function mode.

@@ -6,6 +6,7 @@ any layout can be resumed in any other, and everything the objective trains is o
 """
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
+from configurator import UserError
 from engine import distributed
 from kill_study import ended, start
 from model import Llava
@@ -151,6 +153,39 @@ def test_a_state_can_be_resumed_in_any_layout(done, resumed, stage, before, afte
     if after != "one":
         digests = json.loads((out / "digests").read_text())
         assert len(digests) == 4 and len(set(digests)) == 1
+
+
+def test_a_rank_that_died_is_noticed_before_the_next_step():
+    def work(rank: int) -> None:
+        dist = distributed.init_distributed("cpu")
+        assert dist.sum_counts({"rows": 3, "tokens": rank}) == {"rows": 6, "tokens": 1}
+        if rank == 1:
+            os._exit(9)
+        try:
+            dist.sum_counts({"rows": 3})
+        except UserError as error:
+            assert "rank 0: another rank is gone" in str(error) and "the same command goes on" in str(error)
+            os._exit(3)
+
+    codes, errors = ended(start(2, work))
+    assert codes == [3, 9], errors
+
+
+def test_the_links_between_two_ranks():
+    """Each collective is named with its time; a second rank says nothing."""
+    from tools import links
+
+    def work(rank: int) -> None:
+        said = []
+        links.print = lambda text, **more: said.append(text)
+        links.main(["--gigabytes=0.001", "--repeats=1", "--device=cpu"])
+        assert [line.split(" of ")[0] for line in said] == ["all-reduce", "broadcast", "all-gather", "reduce-scatter"] * (rank == 0)
+        assert all("of 0.001 GB on 2 ranks: " in line and line.endswith(" GB/s") for line in said)
+
+    codes, errors = ended(start(2, work))
+    assert codes == [0, 0], errors
+    with pytest.raises(UserError, match="one process has no links"):
+        links.main(["--device=cpu"])
 
 
 # -----------------------------------------------------------------------------

@@ -109,17 +109,19 @@ RUNS = {   # together every stage, dtype, signal and switch
 
 
 def numbers(out_dir):
-    """What a run logs, without its times."""
-    return [{key: value for key, value in record.items() if not key.endswith("_s") and key != "seconds"} for record in records(out_dir)]
+    """What a run logs, without its times and its memory."""
+    return [{key: value for key, value in record.items() if not key.endswith("_s") and key not in ("seconds", "peak_gb")}
+            for record in records(out_dir)]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_stage_and_signal_stays_on_one_device(world, tmp_path, name):
+def test_every_stage_and_signal_stays_on_one_device(world, tmp_path, capsys, name):
     """And computes what it does on the CPU."""
     stage, more = RUNS[name]
     with pretend_cuda() as gpu:
         train.main(flags(world, stage, tmp_path / "gpu", **SHORT | more))
     assert not [wait for wait in gpu.waits if "on the CPU" in wait], gpu.waits
+    assert records(tmp_path / "gpu")[0]["peak_gb"] == 1.0 and "tok/s  1.0 GB" in capsys.readouterr().out
     if name in ("align", "d2s", "pd kto"):
         train.main(flags(world, stage, tmp_path / "cpu", **SHORT | more | dict(device="cpu")))
         for record, expected in zip(numbers(tmp_path / "gpu"), numbers(tmp_path / "cpu"), strict=True):

@@ -95,7 +95,7 @@ small, small_vision = DecoderConfig(151_656, 32, 2, 4, 2, 48, tied=True), Vision
 QUICK = {
     "loss": dict(tokens=24, vocab=515, student=16, teacher=32, dtype="bfloat16"),
     "moe": dict(tokens=48, width=32, n_ffn=64),
-    "step": dict(student=small, teacher=replace(small, n_embd=48, n_ffn=64, tied=False), vision=small_vision,
+    "step": dict(student=small, teacher=replace(small, n_embd=48, n_ffn=64, tied=False, head_dim=12), vision=small_vision,
                  rows=2, prompt=0, response=6, dtype="float32"),
     "generate": dict(student=small, vision=small_vision, rows=3, prompt=6, response=0, new=6),
     "evaluate": dict(student=small, vision=small_vision, system=3, question=(2, 5), questions=[3], new=3),

@@ -3,6 +3,7 @@ Nothing is overwritten or removed that the program did not write: who owns a fol
 
     python -m pytest tests/robustness/test_ownership.py
 """
+import errno
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 import tiny.__main__ as tiny
 import train
 from configurator import UserError
-from engine import resume
+from engine import files, resume
 from engine.files import atomic, check_owner, claim, digest_of_folder, release
 from engine.teacher_cache import OWNER, TeacherCache
 from kill_study import FORK, ROOT, ended, start
@@ -163,6 +164,19 @@ def test_parts_of_a_world_may_be_made_at_once(tmp_path):
     for i in range(20):
         assert sorted(os.listdir(tmp_path / str(i))) == ["lock", *[f"part{rank}" for rank in range(4)]]
         assert (tmp_path / str(i) / "lock").read_text() == "python -m tiny\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch, capsys, number):
+    """As Lustre mounted without flock, or NFS without its lock daemon: one line, and the run goes on."""
+    def lockf(file, flags):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
+    claim(tmp_path / "out", "train.py")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out: its file system has no locks" in said and "another run is writing" not in said
+    assert (tmp_path / "out" / "lock").read_text() == "train.py\n"
+    release(tmp_path / "out")
 
 
 def test_two_runs_that_fill_one_cache(tmp_path):

@@ -115,7 +115,7 @@ ARMS = {
     "kd_double": Arm(["d2d --data={world}/train/arm_double.json"]),
 }
 # Learning rates, for tuning seeds: one family of losses each. The others are relatives of these.
-for _rate in ("5e-4", "2e-3"):
+for _rate in ("2e-4", "1e-3"):
     for _name in ("sft", "kd", "mse", "hidden_ce"):
         ARMS[f"{_name}_lr{_rate}"] = Arm([f"{ARMS[_name].stages[0]} --learning_rate={_rate}"], 0)
 for _rate in ("1e-4", "5e-4"):

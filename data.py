@@ -159,6 +159,7 @@ PAD_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)  # (122, 116, 104), alm
 MAX_PIXELS = 90_000_000           # of an image; Pillow, too, takes more for a decompression bomb
 MAX_SIDE = math.isqrt(MAX_PIXELS)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # `load_image` has the bound above
+warnings.filterwarnings("ignore", "Corrupt EXIF data")            # which then say nothing
 
 
 def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> torch.Tensor:

@@ -9,7 +9,6 @@ Text appears as it is generated. Without --image the conversation is about text 
 from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run     # first: from here on, Ctrl-C
                                                                                                # ends in one line
 
-import json
 import sys
 from os.path import commonprefix
 
@@ -94,8 +93,7 @@ def main(argv: list[str]) -> None:
 
 def unknown_words(text: str, tokenizer: Tokenizer) -> list[str]:
     """The words of a text that the tokenizer replaces by its unknown token. Qwen's has none: it can spell everything."""
-    model = json.loads(tokenizer.to_str())["model"]
-    unknown = tokenizer.token_to_id(model.get("unk_token") or "")
+    unknown = tokenizer.token_to_id(tokenizer.model.unk_token or "")
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return list(dict.fromkeys(text[start:end] for id, (start, end) in zip(encoding.ids, encoding.offsets) if id == unknown))
 

@@ -95,6 +95,17 @@ def test_a_part_that_is_the_whole_loss_gets_no_panel(tmp_path):
     assert titles == [["loss"], ["loss", "cross-entropy (ce)", "balance loss, sum of layers"]]
 
 
+def test_held_out_rows_are_dots_in_the_panel_of_their_loss(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = records(6)
+    rows[2] |= {"val_loss": 3.0, "val_ce": 1.5}
+    rows[5] |= {"val_loss": 2.0, "val_ce": 1.0}
+    loss, ce = [panel for panel in look.draw_curves([write_log(tmp_path / "a", rows)]).axes if panel.get_visible()]
+    for panel, values in ((loss, [3.0, 2.0]), (ce, [1.5, 1.0])):
+        [dots] = [line for line in panel.get_lines() if line.get_marker() == "o"]
+        assert dots.get_xdata().tolist() == [3, 6] and dots.get_ydata().tolist() == values
+
+
 def test_runs_are_named_after_their_folders():
     assert look.run_names(["out/tiny/d2d/log.jsonl", "out/tiny/d2s/"]) == ["d2d", "d2s"]
     assert look.run_names(["a/d2d/log.jsonl", "b/d2d", "c/pd"]) == ["a/d2d", "b/d2d", "pd"]

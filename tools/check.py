@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import POSITIVE, Config, Stopped, UserError, check_values, cut, load_config, run
+from configurator import POSITIVE, Config, Stopped, UserError, check_uses, check_values, cut, load_config, run
 from data import load_image, require_image
 from engine.files import write_lines
 from engine.hf import describe_llava, require_tokenizer
@@ -45,6 +45,7 @@ AHEAD = 256                     # images that are decoded at once
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
     check_values(config, {"max_length": POSITIVE})
+    check_uses(config, DEFAULTS, [(["max_length"], config.model, "--model")])
     if not config.data:
         raise UserError("--data is missing; give --data=FILE.json or FILE.jsonl")
     sources = parse_sources(config.data)

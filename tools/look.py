@@ -112,7 +112,7 @@ def differs(log: list[dict], part: str) -> bool:
 def draw_curves(paths: list[str]):
     logs = dict(zip(run_names(paths), map(read_log, paths)))
     parts = dict.fromkeys(key for log in logs.values() for key, value in log[0].items()
-                          if is_number(value) and key not in NOT_A_LOSS + ["loss"])
+                          if is_number(value) and key not in NOT_A_LOSS + ["loss"] and not key.startswith("val_"))
     parts = ["loss"] + [key for key in parts if any(differs(log, key) for log in logs.values())]
     columns = 2 if len(parts) in (2, 4) else min(3, len(parts))
     rows = math.ceil(len(parts) / columns)
@@ -131,6 +131,10 @@ def draw_curves(paths: list[str]):
             panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
             panel.plot(steps, smooth(values), color=color, linestyle=style, linewidth=1.4, label=name)
             shown.append(smooth(values))
+            held_out = [(record["step"], record[f"val_{part}"]) for record in log if is_number(record.get(f"val_{part}"))]
+            if held_out:                                             # dots, next to the curve of the rows that are trained on
+                panel.plot(*np.array(held_out, dtype=float).T, "o", color=color, markersize=3.5)
+                shown.append(np.array([value for _, value in held_out]))
         low, high = min(line.min() for line in shown), max(line.max() for line in shown)
         if low > 0 and high > 20 * low:
             panel.set_yscale("log")

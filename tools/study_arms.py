@@ -46,8 +46,8 @@ DATA_MAKERS = ["answers", "samples"]
 # -----------------------------------------------------------------------------
 # The arms
 
-CE_ONLY = "--teacher= --kd_weight=0"
-ON_PAIRS = f"d2s {CE_ONLY} --max_steps=60 --learning_rate=2e-4"
+CE_ONLY = "--teacher= --kd_weight=0 --learning_rate=2e-4"        # as config/study/sft.py
+ON_PAIRS = f"d2s {CE_ONLY} --max_steps=60"
 
 ARMS = {
     # not trained, judged for comparison
@@ -115,7 +115,7 @@ ARMS = {
     "kd_double": Arm(["d2d --data={world}/train/arm_double.json"]),
 }
 # Learning rates, for tuning seeds: one family of losses each. The others are relatives of these.
-for _rate in ("5e-4", "2e-3"):
+for _rate in ("2e-4", "5e-4", "1e-3"):
     for _name in ("sft", "kd", "mse", "hidden_ce"):
         ARMS[f"{_name}_lr{_rate}"] = Arm([f"{ARMS[_name].stages[0]} --learning_rate={_rate}"], 0)
 for _rate in ("1e-4", "5e-4"):

@@ -11,6 +11,6 @@ dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
 max_steps = 200
-learning_rate = 1e-3
+learning_rate = 5e-4
 grad_clip = 1.0
 max_length = 128

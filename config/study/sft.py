@@ -10,6 +10,6 @@ dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
 max_steps = 200             # 32 x 200 = 9.1 times over 700 rows
-learning_rate = 1e-3
+learning_rate = 2e-4
 grad_clip = 1.0
 max_length = 128

@@ -257,7 +257,7 @@ def embedding_gradient(student: Llava) -> int:
 def activations(student: Llava, batch: Batch, checkpointing: bool, half: int, stream: int) -> float:
     """What the forward keeps for the backward."""
     D, Dv = student.config.decoder.n_embd, student.config.vision.n_embd
-    per_patch = half * (Dv + 2 * D)                                  # the adaptor's input, before and after GELU
+    per_patch = half * (Dv + 2 * D) + stream * D                     # the adaptor's input, before and after GELU, its output
     per_token = 4 * D                                                # the last norm's input
     for block in student.decoder.blocks:
         per_token += stream * D if checkpointing else kept_by_block(block, half, stream)

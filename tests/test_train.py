@@ -344,9 +344,13 @@ def test_bfloat16_runs_every_stage(world, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for the CPU")
-def test_compiled_layers_give_the_same_loss_curve(world, tmp_path):
+def test_compiled_layers_give_the_same_loss_curve(world, tmp_path, monkeypatch):
+    """The graphs that torch.compile takes from our layers, forward and backward; turning these into C++, which is torch's
+    work, would take a minute."""
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *layer, **how: compile_layer(*layer, **how, backend="aot_eager"))
     train.main(flags(world, "d2s", tmp_path / "plain", max_steps=2))
-    done = run(flags(world, "d2s", tmp_path / "compiled", max_steps=2, compile=True))
-    assert done.returncode == 0, done.stderr
+    train.main(flags(world, "d2s", tmp_path / "compiled", max_steps=2, compile=True))
+    torch._dynamo.reset()
     for a, b in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)

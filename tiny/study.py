@@ -12,6 +12,7 @@ It differs from the speedrun's where differences between arms could not be told 
     pd.json      preference pairs whose chosen answer is true; `better_answers` makes the other kind, whose chosen
                  answer is the better one of two that a model has given
     bench/       1,000 captions, 3,400 yes/no questions, 300 questions of each other kind
+    check/       900 yes/no questions about validation scenes, which tell when the warm student is trained enough
 
 "study" asks about final scenes, "tuning" about validation scenes, so that no setting is chosen on what is reported.
 """
@@ -20,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from engine.files import read_rows, write_lines
-from tiny.benchmarks import write_benchmarks
+from tiny.benchmarks import write_benchmarks, write_pope
 from tiny.language import (CAPTION_PROMPTS, QUESTIONS_PER_IMAGE, SHORT, caption, make_question, training_answer,
                            training_caption)
 from tiny.rows import (caption_rows, chosen_rows, conversation, draw_scenes, preference_rows, question_rows,
@@ -30,7 +31,7 @@ from tiny.scene import Scene
 TEST_SPLIT = {"study": "final", "tuning": "validation"}
 SIZES = {                # scenes
     "teacher": 6000, "warm": 250, "arm": 100, "held_out": 100, "preference": 4000,
-    "pope": 320, "gqa": 600, "objhal": 1000,
+    "pope": 320, "gqa": 600, "objhal": 1000, "check": 80,
     "unseen_pope": 200, "unseen_gqa": 300, "unseen_objhal": 300,
 }
 SMALLEST = 12            # scenes of each, whatever the scale: a batch of 32 captions needs so many
@@ -45,6 +46,7 @@ def write_study_world(folder: Path, preset: str, seed: int, scale: float) -> dic
     for style, prefix, bench in (("plain", "", "bench"), ("unseen", "unseen_", "bench_unseen")):
         counts = {name: sizes[prefix + name] for name in ("pope", "gqa", "objhal")}
         write_benchmarks(folder / bench, counts, seed, style, training_scenes, TEST_SPLIT[preset])
+    write_pope(folder / "check/pope", sizes["check"], random.Random(f"{seed} check"), "plain", training_scenes, "validation")
     return sizes
 
 

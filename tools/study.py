@@ -5,7 +5,8 @@ The findings, re-run with seeds and error bars.
     python -m tools.study --arms=sft,kd --seeds=0-2         some of it
     python -m tools.study --report               docs/study.md and its figures from docs/study.jsonl, running nothing
 
-A seed is a world of its own: scenes, base models, teacher, and a warm student that all arms of the seed start from.
+A seed is a world of its own: scenes, base models, teacher, and a warm student that all arms of the seed start from,
+trained until it is past the point where yes/no questions are learned (`train_warm`).
 Within a seed the arms share all of it, the order of the data included, so what is reported is the paired difference
 of two arms. Arms and questions are plain data (study_arms.py), the statistics are in study_report.py.
 
@@ -61,6 +62,8 @@ DEFAULTS = dict(
     assets="assets",            # and where its figures go
     scale=1.0,                  # of the numbers of scenes and steps; below 1 for tests
 )
+WARM_STEPS = [450, 600, 800, 1100, 1500]
+WARM_ACCURACY = 70.0            # percent of the check set's yes/no questions; chance is 50. The last run counts in any case
 TUNING = 100                    # seeds from here on are judged on validation scenes
 ROOT = Path(__file__).resolve().parents[1]
 IN_WORLD = {"world": "", "vision": "base/vision", "llm_teacher": "base/llm_teacher", "llm_student": "base/llm_student"}
@@ -175,6 +178,8 @@ class Study:
         commands = [self.command_line(seed, name, text, i, len(texts)) for i, text in enumerate(texts)]
         if name == "samples":
             commands.append(["pairs"])
+        if name == "warm":
+            commands = [["warm", *commands[0]]]
         self.add(Job(seed, name, commands, needs))
 
     def texts(self, name: str) -> list[str]:
@@ -281,6 +286,7 @@ class Study:
         if command[:2] == ["-m", "tools.answer"]:
             self.folder(job.seed, job.name).mkdir(parents=True, exist_ok=True)
         action = {"pairs": lambda: self.make_pairs(job.seed),
+                  "warm": lambda: self.train_warm(job.seed, command[1:]),
                   "measure": lambda: self.measure(job.seed, job.name.removeprefix("judge "))}.get(command[0])
         sys.stdout.flush()
         pid = os.fork()
@@ -311,7 +317,29 @@ class Study:
         print(f"seed {job.seed} {line['arm']}: score {line['scores']['score']:.1f}, KL {line['scores']['kl']:.3f}; {todo} "
               f"runs and {left / 60:.0f} min left", flush=True)
 
-    # What a run gives
+    # What is more than a command
+
+    def train_warm(self, seed: int, command: list[str]) -> None:
+        """The warm student: the first of ever longer runs that answers enough yes/no questions of a check set.
+
+        When a student gets from chance to that differs by a factor of three between seeds; below it, arms would be
+        compared by who is lucky enough to get there.
+        """
+        warm = self.folder(seed, "warm")
+        arguments = [argument for argument in command[1:] if not argument.startswith(("--out_dir=", "--max_steps="))]
+        for steps in WARM_STEPS:
+            folder = self.seed_dir(seed) / f"warm_{steps}"
+            train_arguments = [*arguments, f"--out_dir={folder}", f"--max_steps={max(2, round(self.config.scale * steps))}"]
+            judge_arguments = [f"--model={folder}", f"--data={self.folder(seed, 'world')}/check", f"--out_dir={folder}_judged",
+                               "--benchmark=pope", *JUDGES.split()[1:]]
+            print("$ python train.py", *train_arguments, flush=True)
+            train.main(train_arguments)
+            print("$ python evaluate.py", *judge_arguments, flush=True)
+            evaluate.main(judge_arguments)
+            if read_json(Path(f"{folder}_judged") / "results.json")["pope"]["accuracy"] >= WARM_ACCURACY:
+                break
+        shutil.rmtree(warm, ignore_errors=True)
+        shutil.copytree(folder, warm, ignore=shutil.ignore_patterns("state"))
 
     def make_pairs(self, seed: int) -> None:
         folder = self.folder(seed, "samples")

@@ -112,7 +112,7 @@ def make_world(out_dir: Path, seed: int, scale: float, preset: str = "") -> dict
     """Training files and benchmark files: written under world.tmp, then renamed."""
     sizes = {name: max(4, round(scale * n)) for name, n in SIZES.items()}
     unseen_sizes = {name: sizes["unseen"] for name in ("pope", "gqa", "objhal")}
-    tmp, folders = out_dir / "world.tmp", ("train", "bench", "bench_unseen")
+    tmp = out_dir / "world.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     if preset:
         sizes = write_study_world(tmp, preset, seed, scale)
@@ -121,9 +121,9 @@ def make_world(out_dir: Path, seed: int, scale: float, preset: str = "") -> dict
         write_benchmarks(tmp / "bench", sizes, seed, "plain", training_scenes)
         write_benchmarks(tmp / "bench_unseen", unseen_sizes, seed, "unseen", training_scenes)
     os.sync()                                                        # thousands of small files, flushed at once
-    for name in folders:
-        shutil.rmtree(out_dir / name, ignore_errors=True)
-        os.replace(tmp / name, out_dir / name)
+    for folder in sorted(tmp.iterdir()):                             # train, bench, bench_unseen; a study's has check, too
+        shutil.rmtree(out_dir / folder.name, ignore_errors=True)
+        os.replace(folder, out_dir / folder.name)
     tmp.rmdir()
     return {"scenes": sizes}
 

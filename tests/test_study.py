@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import train
-from configurator import UserError
+from configurator import UserError, load_config
 from tiny import __main__ as tiny
 from tiny.language import SHORT, caption, training_caption
 from tiny.rows import conversation
@@ -393,6 +393,18 @@ def test_toy_study(toy):
     before = (toy / "raw.jsonl").read_bytes()                  # again: nothing to do
     assert "0 runs to do, 6 are in raw.jsonl" in wait_for_study(toy, start_study(toy))
     assert (toy / "raw.jsonl").read_bytes() == before
+
+
+def test_the_flops_of_commands_that_toy_arms_do_not_have(toy, monkeypatch):
+    """Answering a row costs the teacher about a forward pass; own answers cost more than the data's."""
+    monkeypatch.chdir(toy)
+    plans = Study(load_config(DEFAULTS, TOY))
+    for name in ("answers", "on_policy", "kd"):
+        plans.add_making(0, name)
+    answers, own, kd = (study.flops(plans.jobs[0, name].commands[0]) for name in ("answers", "on_policy", "kd"))
+    rows, steps = len(load(toy / "out/seed_0/world/train/arm.json")), 2
+    assert 0.3 < (answers / rows) / (kd / (steps * 32)) < 1    # a step: teacher 1, student 3 passes of a third of the width
+    assert 1.1 * kd < own < 2 * kd
 
 
 def test_a_forked_command_does_what_the_typed_one_does(toy):

@@ -512,10 +512,7 @@ def flops(command: list[str]) -> float:
         targets = {"response": ANSWER_TOKENS, "all": tokens - student.config.image_tokens,
                    "response+image": student.config.image_tokens + ANSWER_TOKENS}[config.kd_tokens]
         step = plan.flops(student, teacher, config, plan.Batch.of(config, config.batch_size, tokens, targets))
-        per_step = sum(parts.total() for parts in step.values())
-        # With a cache of keys and values, sampling an answer passes each of its tokens through the student once.
-        per_step += config.on_policy * step["student forward"].total()
-        return steps * per_step
+        return steps * sum(parts.total() for parts in step.values())
     if command[:2] == ["-m", "tools.answer"]:
         config = load_config(tools.answer.DEFAULTS, command[2:])
         rows = [row for _, row in read_rows(config.data)]
@@ -523,7 +520,7 @@ def flops(command: list[str]) -> float:
         described = Config(train.DEFAULTS, stage="sft", student=config.model, data=config.data, image_dir=config.image_dir,
                            max_length=config.max_length)
         lengths, _ = plan.measure_rows(described)
-        batch = plan.Batch(len(rows), float(lengths.mean()), len(rows) * ANSWER_TOKENS, len(rows))
+        batch = plan.Batch.of(described, len(rows), float(lengths.mean()), ANSWER_TOKENS)
         llava.requires_grad_(False)
         step = plan.flops(llava, None, described, batch)
         return step["ViT"].total() + step["student forward"].total()

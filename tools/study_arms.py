@@ -47,7 +47,7 @@ DATA_MAKERS = ["answers", "samples"]
 # The arms
 
 CE_ONLY = "--teacher= --kd_weight=0 --learning_rate=2e-4"        # as config/study/sft.py
-ON_PAIRS = f"d2s {CE_ONLY} --max_steps=60"
+ON_PAIRS = "d2s --teacher= --kd_weight=0 --max_steps=60"         # at 5e-4
 
 ARMS = {
     # not trained, judged for comparison
@@ -118,7 +118,7 @@ ARMS = {
 for _rate in ("2e-4", "5e-4", "1e-3"):
     for _name in ("sft", "kd", "mse", "hidden_ce"):
         ARMS[f"{_name}_lr{_rate}"] = Arm([f"{ARMS[_name].stages[0]} --learning_rate={_rate}"], 0)
-for _rate in ("1e-4", "5e-4"):
+for _rate in ("1e-4", "2e-4", "5e-4"):
     for _name in ("dpo_sampled", "ce_sampled"):
         ARMS[f"{_name}_lr{_rate}"] = Arm([f"{ARMS[_name].stages[0]} --learning_rate={_rate}"], 0, start="paper")
 

@@ -11,7 +11,7 @@ out_dir = "out/study/seed_100/warm"
 dtype = "float32"
 batch_size = 16
 micro_batch_size = 16
-max_steps = 450             # 16 x 450 = 2.1 times over 3,500 rows
+max_steps = 450             # 16 x 450 = 2.1 times over 3,500 rows; more for seeds that need it (docs/study.md)
 learning_rate = 2e-3
 grad_clip = 1.0
 max_length = 128

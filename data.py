@@ -439,13 +439,16 @@ def identity(micro_batch):
     return micro_batch
 
 
+GRACE_S = 20
+
+
 def leave_signals_to_parent(worker):
     """
     Ctrl-C and a cluster's SIGTERM reach every process of a run, and the training loop may want to finish its step. So
-    a worker ignores the first, and after the second exits without an error, but only 20 seconds later.
+    a worker ignores the first, and after the second exits without an error, but only GRACE_S seconds later.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 

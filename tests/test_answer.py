@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,12 +20,11 @@ import torch.distributed as torch_dist
 import train
 from configurator import UserError
 from data import load_image, render, transform_image
-from kill_study import ended, start
+from processes import ended, run, start
 from model import Llava
 from test_train import flags as train_flags, records as log_records
 from tools import answer
 
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -381,10 +378,10 @@ def test_a_damaged_image_is_named_and_the_rows_before_it_are_kept(world, rows, t
 
 def test_the_command_line(world, tmp_path):
     """As users run it, with the checkpoint of a sparse student; an error is one line and exit code 2."""
-    command = [sys.executable, "-m", "tools.answer", *flags(world, tmp_path / "a.jsonl", model=world / "sparse")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    arguments = flags(world, tmp_path / "a.jsonl", model=world / "sparse")
+    done = run(arguments, program="tools/answer.py")
     assert done.returncode == 0, done.stderr
     assert "32/32 rows answered" in done.stdout and "rows/s" in done.stdout and "left" in done.stdout
     assert len(load(tmp_path / "a.jsonl")) == 32
-    done = subprocess.run([*command, "--seed=9"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run([*arguments, "--seed=9"], program="tools/answer.py")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -19,7 +19,7 @@ from torch import nn
 import train
 from configurator import UserError
 from engine import distributed
-from kill_study import ended, start
+from processes import ended, start
 from model import Llava
 from test_train import STAGES, flags, records
 

@@ -7,10 +7,6 @@ the number of processes and the interruptions is what is tested, and that they a
 question at a time.
 """
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +19,8 @@ from benchmarks.common import SHORT
 from data import load_image, render, transform_image
 from engine.files import write_lines
 from model import Llava
+from processes import run as forked
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = "yes no not a is there in the image ? kite dog tall red blue answer question word . , user assistant :".split()
 
 
@@ -109,12 +105,9 @@ def test_answers_do_not_depend_on_the_batch_size(checkpoint, pope, expected, tmp
 
 
 def test_answers_do_not_depend_on_the_number_of_processes(checkpoint, pope, expected, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "evaluate.py",
-               f"--model={checkpoint}",
-               "--benchmark=pope", f"--data={pope}", f"--out_dir={tmp_path}", "--device=cpu", "--max_new_tokens=6",
-               "--batch_size=4"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=120)
+    arguments = [f"--model={checkpoint}", "--benchmark=pope", f"--data={pope}", f"--out_dir={tmp_path}", "--device=cpu",
+                 "--max_new_tokens=6", "--batch_size=4"]
+    done = forked(arguments, nproc=2, program="evaluate.py")
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path) == expected
     assert done.stdout.count("40 questions, 20 distinct") == 1  # one rank speaks

@@ -5,8 +5,6 @@ train.py holds on to. Models are small, yet wide enough that what a formula leav
     python -m pytest tests/test_plan.py
 """
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # for the two ranks that the last test starts
-
 from engine import chunked, distributed
 from engine.settings import WITH_TEACHER
 from tools import plan
@@ -28,6 +24,7 @@ import train
 from configurator import Config, UserError, load_config
 from model import DECODERS, DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import upcycle
+from processes import ended, start
 
 STAGES = ["align", "sft", "d2d", "d2s", "pd"]
 VISION = VisionConfig(image_size=112, n_embd=128, n_layer=3, n_head=4, n_ffn=512)      # 64 patches
@@ -396,9 +393,8 @@ def test_the_map_is_counted_exactly():
 
 
 def test_two_ranks_hold_what_is_planned():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "all as planned" in done.stdout, done.stderr[-3000:]
+    codes, errors = ended(start(2, two_ranks), 300)
+    assert codes == [0, 0], errors
 
 
 class Sent(Live):
@@ -414,7 +410,7 @@ class Sent(Live):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def two_ranks():
+def two_ranks(rank):
     """A step of two micro-batches; then one more, in which DDP arranges its buckets anew. Models do not count, they were
     there before, but gradients and buckets do."""
     be_like_a_gpu(setattr)
@@ -452,8 +448,6 @@ def two_ranks():
             planned += items["trainable weights, fp32"] + items["frozen weights"] - plan.size_of(student.vision.parameters())
         assert peak == pytest.approx(planned, rel=0.1), (stage, how)
         assert sent == pytest.approx(sum(plan.communication(student, teacher, config, 2).values()), rel=0.01), (stage, how)
-    if ranks.rank == 0:
-        print("all as planned")
     dist.destroy_process_group()
 
 
@@ -553,11 +547,11 @@ def test_the_table_has_every_stage_of_every_student():
     lines = plan.table().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert len(cells) == 2 * (3 + 2 * 5) and all(len(row) == 9 for row in cells)
-    for start in (3, 8, 16, 21):                                     # the four students: align, d2d, d2s, pd, all
-        hours = [float(row[7]) for row in cells[start:start + 5]]
-        assert all(float(row[7]) <= float(first) <= float(second) <= float(third) for row in cells[start:start + 5]
+    for first_row in (3, 8, 16, 21):                                 # the four students: align, d2d, d2s, pd, all
+        hours = [float(row[7]) for row in cells[first_row:first_row + 5]]
+        assert all(float(row[7]) <= float(first) <= float(second) <= float(third) for row in cells[first_row:first_row + 5]
                    for first, second, third in [row[8].split(" / ")])
-        assert [row[1] for row in cells[start:start + 5]] == ["align", "d2d", "d2s", "pd", "all"]
+        assert [row[1] for row in cells[first_row:first_row + 5]] == ["align", "d2d", "d2s", "pd", "all"]
         assert sum(hours[:4]) == pytest.approx(hours[4], abs=2)
 
 
@@ -586,6 +580,3 @@ def test_without_a_config_the_table(monkeypatch, capsys):
     plan.main([])
     assert capsys.readouterr().out == "| model |\n"
 
-
-if __name__ == "__main__":
-    two_ranks()

@@ -19,7 +19,7 @@ import data
 import train
 from configurator import Config, UserError
 from engine import on_policy, resume
-from kill_study import start
+from processes import start
 from model import Llava
 from test_distributed import on_ranks
 from test_train import flags, records

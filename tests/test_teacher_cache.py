@@ -16,7 +16,8 @@ from engine import teacher_cache
 from engine.files import digest_of_folder
 from engine.teacher_cache import TeacherCache, top_k
 from model import Llava
-from test_train import flags, records, run
+from processes import run
+from test_train import flags, records
 
 
 def test_top_k_and_the_mass_of_the_rest():

@@ -7,8 +7,6 @@ interrupted run ends where an uninterrupted one does.
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from configurator import Config, UserError
 from engine.settings import WITH_TEACHER
 from engine.index import PreferenceData
 from model import Llava
+from processes import run, start, train_py
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["align", "sft", "d2d", "d2s", "pd"]
@@ -48,10 +47,6 @@ def weights(folder):
 def command_line(arguments, nproc=None):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
     return [sys.executable, *torchrun, str(ROOT / "train.py"), *arguments]
-
-
-def run(arguments, nproc=None):
-    return subprocess.run(command_line(arguments, nproc), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -180,14 +175,13 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(world, tmp_path, stage):
     train.main(flags(world, stage, tmp_path / "whole", **more))
     arguments = flags(world, stage, tmp_path / "killed", **more)
     # run until the save at step 3 is there, then SIGKILL; the log may be ahead of the save
-    process = subprocess.Popen(command_line(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    [process] = start(None, train_py(arguments))
     deadline = time.time() + 60
     while not (tmp_path / "killed" / "state" / "step_00000003.pt").is_file():
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        assert process.exitcode is None and time.time() < deadline, Path(process.errors.name).read_text()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    process.kill()
+    process.join()
     done = run(arguments)
     assert done.returncode == 0, done.stderr
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")

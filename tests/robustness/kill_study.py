@@ -12,74 +12,21 @@ import json
 import multiprocessing
 import os
 import random
-import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest
-import train
 from configurator import load_config, run
+from processes import ended, start, train_py
 
 DEFAULTS = dict(kills=20, seed=0)
 STEPS_PER_LIFE = 12    # a life gets this far at most, so that the run lasts for all kills
-
-
-# Ranks are forks of this process, which has imported everything already, so that they start quickly.
-FORK = multiprocessing.get_context("fork")
-
-
-def start(world_size: int, work: Callable[[int], None]) -> list[multiprocessing.Process]:
-    """`world_size` processes in one process group, each running work(rank). `ended` returns their stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    leader, ranks = FORK.Value("i", 0), []
-    for rank in range(world_size):
-        errors = tempfile.NamedTemporaryFile("w+")
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-        def body(rank=rank, errors=errors, environment=environment) -> None:
-            os.setpgid(0, leader.value)                              # 0 for the first: a group of its own
-            os.environ.update({key: str(value) for key, value in environment.items()})
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(errors.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            work(rank)
-
-        process = FORK.Process(target=body)
-        process.start()
-        process.errors, process.group = errors, leader.value or process.pid
-        if not leader.value:
-            while os.getpgid(process.pid) != process.pid:            # the others join this group
-                time.sleep(0.001)
-            leader.value = process.pid
-        ranks.append(process)
-    return ranks
-
-
-def ended(ranks: list[multiprocessing.Process], seconds: float = 120) -> tuple[list[int], list[str]]:
-    """The exit codes of ranks that end by themselves, and what they printed to stderr."""
-    for rank in ranks:
-        rank.join(seconds)
-        assert rank.exitcode is not None, "a rank hangs"
-    return [rank.exitcode for rank in ranks], [Path(rank.errors.name).read_text() for rank in ranks]
-
-
-def train_py(*commands: list[str]) -> Callable[[int], None]:
-    """What ranks do that run train.py as a script: one command line per rank, or one for all."""
-    def work(rank: int) -> None:
-        sys.argv = [train.__file__, *commands[min(rank, len(commands) - 1)]]
-        runpy.run_path(train.__file__, run_name="__main__")
-    return work
 
 
 def finish(arguments: list[str]) -> None:

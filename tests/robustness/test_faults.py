@@ -24,8 +24,9 @@ from configurator import Config, UserError
 from engine import resume
 from engine.files import atomic, claim, disk_errors, write_text
 from engine.hf import read_tensors, save_tensors
-from kill_study import ROOT, ended, logged, settings_for, start, study, train_py
+from kill_study import logged, settings_for, study
 from model import Llava
+from processes import ROOT, ended, start, train_py
 from test_train import command_line, flags, records
 
 
@@ -456,16 +457,16 @@ def test_settings_of_the_machine_may_change_on_resuming(world, whole, tmp_path):
 def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
     out = tmp_path / "out"
     arguments = flags(world, "align", out, max_steps=2000, save_every=10_000)
-    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.DEVNULL)
+    [first] = start(None, train_py(arguments))
     try:
         deadline = time.time() + 100
         while not (out / "log.jsonl").is_file():
-            assert time.time() < deadline and first.poll() is None
+            assert time.time() < deadline and first.exitcode is None
             time.sleep(0.05)
         with pytest.raises(UserError, match="another run is writing there"):
             train.main(arguments)
     finally:
         first.kill()
-        first.wait()
+        first.join()
     train.main(flags(world, "align", tmp_path / "other", max_steps=1))      # and a dead run holds no lock
     resume.lock(out, 0)

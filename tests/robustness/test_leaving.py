@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import data
 import train
 from configurator import UserError, load_config
 from engine import resume
-from kill_study import ROOT, ended, logged, start, train_py
+from kill_study import logged
+from processes import ROOT, ended, start, train_py
 from test_faults import same, wait_for
 from test_train import flags, records
 
@@ -24,8 +26,8 @@ from test_train import flags, records
 # -----------------------------------------------------------------------------
 # Ctrl-C before there is anything to save
 
-@pytest.mark.parametrize("program", [["train.py", "--stage=sft"], ["-m", "tiny", "--out_dir=/dev/null/x"]], ids=["train", "tiny"])
-@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.6])
+@pytest.mark.parametrize("program, seconds", [(["train.py", "--stage=sft"], 0.0), (["train.py", "--stage=sft"], 0.6),
+                                              (["-m", "tiny", "--out_dir=/dev/null/x"], 0.2)])
 def test_an_interrupt_while_torch_is_imported(program, seconds):
     process = subprocess.Popen([sys.executable, *program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     maps = Path(f"/proc/{process.pid}/maps")
@@ -110,7 +112,12 @@ def test_whatever_the_machine_refuses_is_one_line(error, line):
 def test_a_killed_data_worker_costs_no_step(world, tmp_path):
     """Killed in the middle of a step, where torch would raise; the loader finds it out, and the steps are saved first."""
     arguments = flags(world, "align", tmp_path / "out", max_steps=100_000, save_every=1_000_000, num_workers=2)
-    [rank] = ranks = start(1, train_py(arguments))
+
+    def work(rank):
+        data.GRACE_S = 1
+        train_py(arguments)(rank)
+
+    [rank] = ranks = start(1, work)
     wait_for(lambda: len(logged(tmp_path / "out")) >= 3, rank.is_alive)
     workers = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
     assert len(workers) == 2

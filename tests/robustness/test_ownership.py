@@ -19,7 +19,7 @@ from configurator import UserError
 from engine import files, resume
 from engine.files import atomic, check_owner, claim, digest_of_folder, release
 from engine.teacher_cache import OWNER, TeacherCache
-from kill_study import FORK, ROOT, ended, start
+from processes import FORK, ROOT, ended, start
 from test_train import flags
 
 

@@ -23,6 +23,8 @@ a row of a user's file may look like is in engine/rows.py; where millions of the
 
     B batch    T tokens    N images of a batch    S image side in pixels
 """
+from configurator import UserError, load_config, open_regular, reading, run, shorten     # first: from here on, Ctrl-C ends in one line
+
 import glob
 import itertools
 import math
@@ -40,7 +42,6 @@ from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
-from configurator import UserError, load_config, open_regular, reading, run, shorten
 
 # -----------------------------------------------------------------------------
 # 1. Conversations to ids and mask

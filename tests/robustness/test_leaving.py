@@ -27,7 +27,8 @@ from test_train import flags, records
 # Ctrl-C before there is anything to save
 
 @pytest.mark.parametrize("program, seconds", [(["train.py", "--stage=sft"], 0.0), (["train.py", "--stage=sft"], 0.6),
-                                              (["-m", "tiny", "--out_dir=/dev/null/x"], 0.2)])
+                                              (["-m", "tiny", "--out_dir=/dev/null/x"], 0.2),
+                                              (["-m", "tools.plan", "--stage=sft"], 0.3), (["data.py", "nowhere:1"], 0.3)])
 def test_an_interrupt_while_torch_is_imported(program, seconds):
     process = subprocess.Popen([sys.executable, *program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     maps = Path(f"/proc/{process.pid}/maps")

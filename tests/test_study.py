@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import train
 from configurator import UserError, load_config
 from tiny import __main__ as tiny
@@ -327,6 +328,31 @@ def test_a_damaged_raw_file_or_page_is_one_line(tmp_path):
         write_report(raw, page, tmp_path)
     with pytest.raises(UserError, match="run python -m tools.study first"):
         write_report(tmp_path / "none.jsonl", page, tmp_path)
+
+
+@pytest.mark.parametrize("accuracies, steps", [([71.0], 450), ([50.0, 69.9, 70.0], 800), ([50.0] * 5, 1500)])
+def test_the_warm_student_is_the_first_that_is_past_chance(tmp_path, monkeypatch, accuracies, steps):
+    """Or the last one, if none is."""
+    def fake_train(arguments):
+        settings = dict(argument.removeprefix("--").split("=") for argument in arguments[1:])
+        folder = tmp_path / settings["out_dir"]
+        (folder / "state").mkdir(parents=True)
+        (folder / "steps").write_text(settings["max_steps"])
+
+    def fake_evaluate(arguments):
+        folder = tmp_path / next(argument for argument in arguments if "out_dir" in argument).removeprefix("--out_dir=")
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"pope": {"accuracy": accuracies[len(list(tmp_path.rglob("*_judged"))) - 1]}}))
+
+    monkeypatch.setattr(train, "main", fake_train)
+    monkeypatch.setattr(evaluate, "main", fake_evaluate)
+    plans = Study(load_config(DEFAULTS, [f"--out_dir={tmp_path}", f"--results={tmp_path}/none.jsonl"]))
+    plans.add_making(0, "warm")
+    [(first, *command)] = plans.jobs[0, "warm"].commands
+    assert first == "warm" and f"--student={tmp_path}/seed_0/warm_align" in command
+    plans.train_warm(0, command)
+    assert (tmp_path / "seed_0/warm/steps").read_text() == str(steps)
+    assert len(list(tmp_path.rglob("*_judged"))) == len(accuracies) and not (tmp_path / "seed_0/warm/state").exists()
 
 
 # -- a toy study, from nothing to its lines --

@@ -518,7 +518,7 @@ def flops(command: list[str]) -> float:
         rows = [row for _, row in read_rows(config.data)]
         llava = plan.describe(config.model)
         described = Config(train.DEFAULTS, stage="sft", student=config.model, data=config.data, image_dir=config.image_dir,
-                           max_length=config.max_length)
+                           max_length=config.max_length, batch_size=1, micro_batch_size=1)
         lengths, _ = plan.measure_rows(described)
         batch = plan.Batch.of(described, len(rows), float(lengths.mean()), ANSWER_TOKENS)
         llava.requires_grad_(False)

@@ -114,6 +114,10 @@ ARMS = {
     "sft_double": Arm(["sft --data={world}/train/arm_double.json"]),
     "kd_double": Arm(["d2d --data={world}/train/arm_double.json"]),
 }
+# Recipes of our own, for tuning seeds: one dense stage on the teacher's answers, then the better of two sampled captions,
+# without the teacher or with it.
+ARMS["own_ce"] = Arm([ON_PAIRS + " --data={samples}/chosen.json"], 0, start="answers_kd")
+ARMS["own_kd"] = Arm(["d2s --max_steps=60 --data={samples}/chosen.json"], 0, start="answers_kd")
 # Learning rates, for tuning seeds: one family of losses each. The others are relatives of these.
 for _rate in ("2e-4", "5e-4", "1e-3"):
     for _name in ("sft", "kd", "mse", "hidden_ce"):

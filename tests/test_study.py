@@ -218,7 +218,7 @@ def test_arms_and_questions_name_what_exists():
     for text in [text for texts in [*SHARED.values(), *(arm.stages for arm in ARMS.values())] for text in texts]:
         assert set(study.names_in(text)) <= set(SHARED | ARMS), text
     assert {arm.start for arm in ARMS.values()} <= set(SHARED | ARMS) and set(DATA_MAKERS) <= set(SHARED)
-    judged = {name for name, arm in ARMS.items() if arm.seeds}
+    judged = {name for name, arm in ARMS.items() if arm.seeds} | {"own"}          # on seeds of its own
     for question in QUESTIONS:
         for claim in question.claims:
             assert {claim.arm, claim.reference} <= judged and claim.metric in LABELS

@@ -29,7 +29,7 @@ from tiny.scene import Scene, make_scene, splits_of
 from tiny.study import better_answers, caption_mistakes, read_scenes, scene_rows, shuffle_pictures
 from tools import study
 from tools.study import DEFAULTS, Study, chosen_runs, parse_seeds
-from tools.study_arms import ARMS, DATA_CURVE, DATA_MAKERS, QUESTIONS, SHARED, Claim
+from tools.study_arms import ARMS, DATA_CURVE, DATA_MAKERS, OWN_SEEDS, QUESTIONS, SHARED, Claim
 from tools.study_report import (BEGIN, END, LABELS, T_975, compare, holm, interval, read_results, sign_test, verdict,
                                 write_report)
 
@@ -279,10 +279,10 @@ def test_a_line_of_other_settings_is_refused(tmp_path):
 def make_lines():
     """Made-up scores of all arms: each arm has an effect of its own, each seed a level."""
     rng, lines = random.Random(0), []
-    for seed in [*range(10), 100, 101]:
+    for seed in [*range(10), *OWN_SEEDS, 100, 101]:
         level = rng.gauss(0, 3)
         for name, arm in ARMS.items():
-            if seed < arm.seeds or seed in (100, 101):
+            if seed < arm.seeds or seed in (100, 101) or seed in OWN_SEEDS and name in ("own", "paper", "dpo_sampled"):
                 scores = {metric: 80 + level + len(name) / 3 + rng.gauss(0, 0.5) for metric in LABELS}
                 scores |= {"kl": 0.1 + rng.random() / 100, "kl_caption": 0.2 + rng.random() / 100}
                 lines.append({"arm": name, "seed": seed, "settings": study.settings(name, study.Config(DEFAULTS)),
@@ -342,7 +342,8 @@ def test_the_warm_student_is_the_first_that_is_past_chance(tmp_path, monkeypatch
     def fake_evaluate(arguments):
         folder = tmp_path / next(argument for argument in arguments if "out_dir" in argument).removeprefix("--out_dir=")
         folder.mkdir()
-        (folder / "results.json").write_text(json.dumps({"pope": {"accuracy": accuracies[len(list(tmp_path.rglob("*_judged"))) - 1]}}))
+        accuracy = accuracies[len(list(tmp_path.rglob("*_judged"))) - 1]
+        (folder / "results.json").write_text(json.dumps({"pope": {"accuracy": accuracy}}))
 
     monkeypatch.setattr(train, "main", fake_train)
     monkeypatch.setattr(evaluate, "main", fake_evaluate)

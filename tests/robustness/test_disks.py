@@ -128,7 +128,7 @@ def test_the_folders_of_a_world_are_flushed_before_they_get_their_names(tmp_path
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append(Path(paths[1]).name) or original(*paths))
     tiny.main([f"--out_dir={tmp_path}", "--part=world", "--scale=0.001"])
     order = [name for name in calls if name in ("sync", "train", "bench", "bench_unseen", "world.json")]
-    assert order == ["sync", "train", "bench", "bench_unseen", "world.json"]
+    assert order == ["sync", "bench", "bench_unseen", "train", "world.json"]
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ a row of a user's file may look like is in engine/rows.py; where millions of the
 
     B batch    T tokens    N images of a batch    S image side in pixels
 """
-from configurator import UserError, load_config, open_regular, reading, run, shorten     # first: from here on, Ctrl-C ends in one line
+from configurator import UserError, load_config, open_regular, reading, run, shorten     # first: for Ctrl-C from here on
 
 import glob
 import itertools

@@ -167,14 +167,15 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
         folder = Path(config.out_dir) / benchmark.name
         if rank == 0:
             claim(folder, "evaluate.py", {"model": config.model})
-        todo = open_jobs(benchmark, folder, model, config, rank, world_size)
+        jobs = [job_id(question, benchmark.root) for question in benchmark.questions]
+        todo = open_jobs(benchmark, jobs, folder, model, config, rank, world_size)
         if todo:
             llava = llava or load_model(config)
             generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
         barrier(world_size)
         if rank == 0:
             if not (folder / "answers.jsonl").exists():
-                write_answers(benchmark, folder, config)
+                write_answers(benchmark, jobs, folder, config)
             texts, _ = read_answers(folder / "answers.jsonl", benchmark)
             report(benchmark, texts, model, read_json(folder / "settings.json"), config)
             release(folder)
@@ -221,22 +222,24 @@ def digest_of_model(config: Config) -> str:
     return digest_of_folder(config.model)
 
 
-def answer_settings(benchmark: Benchmark, model: dict, config: Config) -> dict:
+def answer_settings(benchmark: Benchmark, jobs: list[str], model: dict, config: Config) -> dict:
     """
     All that the answers depend on, kept next to them in settings.json. An interrupted run is continued, and finished
     answers are reused, only if nothing here has changed, the weights and the questions included.
     """
-    jobs = "".join(job_id(question, benchmark.root) for question in benchmark.questions)
     return {"model": model["name"], "model_digest": model["digest"],
-            "questions": hashlib.sha256(jobs.encode()).hexdigest()[:12],
+            "questions": hashlib.sha256("".join(jobs).encode()).hexdigest()[:12],
             "suffix": benchmark.suffix, **benchmark.prompt_settings, "crop": config.crop, "beams": 1, "temperature": 0,
             "max_new_tokens": benchmark.max_new_tokens, "dtype": config.dtype}
 
 
-def open_jobs(benchmark: Benchmark, folder: Path, model: dict, config: Config, rank: int,
+def open_jobs(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, config: Config, rank: int,
               world_size: int) -> dict[str, Question]:
-    """{job: question} still to be answered, the same on every rank; {} if answers.jsonl is complete."""
-    settings, path = answer_settings(benchmark, model, config), folder / "settings.json"
+    """{job: question} still to be answered, the same on every rank; {} if answers.jsonl is complete.
+
+    jobs: that of each question.
+    """
+    settings, path = answer_settings(benchmark, jobs, model, config), folder / "settings.json"
     earlier = read_json(path) if path.exists() else settings
     for key in settings | earlier:
         if key != "model" and settings.get(key) != earlier.get(key):     # another name of the same model is no change
@@ -258,11 +261,11 @@ def open_jobs(benchmark: Benchmark, folder: Path, model: dict, config: Config, r
         merge_partial_answers(folder)
     barrier(world_size)
     answered = read_partial_answers(folder / "answers.partial.jsonl")
-    jobs = {job_id(question, benchmark.root): question for question in benchmark.questions}
-    todo = {job: question for job, question in jobs.items() if job not in answered}
+    distinct = dict(zip(jobs, benchmark.questions))
+    todo = {job: question for job, question in distinct.items() if job not in answered}
     if rank == 0:
-        earlier = f", {len(jobs) - len(todo):,} of them answered earlier" if len(todo) < len(jobs) else ""
-        print(f"{benchmark.name}: {len(benchmark.questions):,} questions, {len(jobs):,} distinct{earlier}", flush=True)
+        earlier = f", {len(distinct) - len(todo):,} of them answered earlier" if len(todo) < len(distinct) else ""
+        print(f"{benchmark.name}: {len(jobs):,} questions, {len(distinct):,} distinct{earlier}", flush=True)
     return todo
 
 
@@ -369,11 +372,11 @@ def merge_partial_answers(folder: Path) -> dict[str, str]:
     return answers
 
 
-def write_answers(benchmark: Benchmark, folder: Path, config: Config) -> None:
+def write_answers(benchmark: Benchmark, jobs: list[str], folder: Path, config: Config) -> None:
     """All jobs are answered: the partial files become answers.jsonl, one line per question."""
     answered, rows = merge_partial_answers(folder), []
-    for i, question in enumerate(benchmark.questions):
-        text = benchmark.clean(question, answered[job_id(question, benchmark.root)])
+    for i, (job, question) in enumerate(zip(jobs, benchmark.questions)):
+        text = benchmark.clean(question, answered[job])
         rows.append({"question_id": question.id, "prompt": question.prompt, "text": text,
                      "answer_id": f"{benchmark.name}-{i}", "model_id": str(Path(config.model)), "metadata": {},
                      **benchmark.extra_columns(question)})

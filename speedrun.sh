@@ -56,9 +56,9 @@ left() {
     train teacher teacher_sft
     until_finished align
     train d2d d2d
-    train d2s d2s
+    train d2s d2s --micro_batch_size=32
     train pd pd
-    judge d2d pd
+    judge pd
 }
 
 right() {
@@ -68,10 +68,12 @@ right() {
     train align align
     # The controls: the same student by cross-entropy alone, dense and then as sparse as the distilled one ...
     train sft sft
-    train sft_sparse d2s --student=$out/sft --teacher= --kd_weight=0.0 --out_dir=$out/sft_sparse
+    train sft_sparse d2s --student=$out/sft --teacher= --kd_weight=0.0 --out_dir=$out/sft_sparse --micro_batch_size=32
     judge sft sft_sparse
     until_finished teacher
     judge teacher
+    until_finished d2d
+    judge d2d
     until_finished d2s
     # ... and preference distillation replaced by cross-entropy on the chosen answers.
     train chosen_only d2s --student=$out/d2s --teacher= --kd_weight=0.0 --out_dir=$out/chosen_only \

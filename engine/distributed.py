@@ -34,10 +34,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError, shorten
@@ -177,6 +173,7 @@ def parallelize(objective: nn.Module, dist: Dist, mode: str, dtype: torch.dtype,
     requires a gradient, the student's parameters as "student.…" and those of any module next to it.
     With several ranks gradients are averaged: multiply the loss by world_size to get their sum.
     """
+    # What only several ranks use is imported here and below, not above: it takes as long as half of torch.
     assert mode in ("ddp", "fsdp"), mode
     if dist.world_size > 1 and mode == "fsdp":
         apply_fsdp(objective, dist, dtype)
@@ -187,6 +184,7 @@ def parallelize(objective: nn.Module, dist: Dist, mode: str, dtype: torch.dtype,
             parameter.grad = torch.zeros_like(parameter)
         device_ids = [dist.device] if dist.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
         optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, fused=True, **adam)
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **adam)
@@ -195,6 +193,8 @@ def parallelize(objective: nn.Module, dist: Dist, mode: str, dtype: torch.dtype,
 
 def apply_fsdp(objective: nn.Module, dist: Dist, dtype: torch.dtype) -> None:
     """FSDP: shard every parameter. Each fully_shard call makes one group of parameters that are gathered together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # cast_forward_inputs=False: inputs keep their dtype, since rotary angles need fp32.
     fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
     mixed = fp32
@@ -224,7 +224,7 @@ def no_sync(objective: nn.Module) -> AbstractContextManager:
 
 def reshard(objective: nn.Module) -> None:
     """FSDP: free what a forward pass without a backward pass has left gathered (see `apply_fsdp`)."""
-    if isinstance(objective, FSDPModule):
+    if hasattr(objective, "reshard"):
         objective.reshard()
 
 
@@ -240,20 +240,26 @@ def zero_grad(objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 # -----------------------------------------------------------------------------
 # Saving and restoring: full tensors by name, whatever the layout
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether FSDP has made it a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor of an FSDP shard. A collective: every rank has to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this rank stores."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def shard(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """The inverse of `full`: lay a full tensor out like `parameter`."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
                              src_data_rank=None)
 
@@ -311,5 +317,5 @@ def restore(trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The AdamW of this rank, which ZeroRedundancyOptimizer wraps."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    """The AdamW of this rank, which ZeroRedundancyOptimizer wraps as its `optim`."""
+    return getattr(optimizer, "optim", optimizer)

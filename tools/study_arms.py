@@ -24,7 +24,8 @@ SHARED = {
     "llm_student": ["tiny --part=llm_student"],
     "teacher_align": ["config/tiny/teacher_align.py --vision={vision} --llm={llm_teacher}"
                       " --data={world}/train/align.json"],
-    "teacher": ["config/tiny/teacher_sft.py --student={teacher_align} --data={world}/train/teacher.json"],
+    "teacher": ["config/tiny/teacher_sft.py --student={teacher_align} --data={world}/train/teacher.json"
+                " --max_steps=1000"],
     # Weak: four tenths of the steps, with a schedule of its own.
     "weak": ["config/tiny/teacher_sft.py --student={teacher_align} --data={world}/train/teacher.json"
              " --max_steps=400"],

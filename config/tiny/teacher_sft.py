@@ -9,7 +9,7 @@ out_dir = "out/tiny/teacher"
 dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
-max_steps = 1000            # 32 x 1000 = 32,000 of 60,000 rows
+max_steps = 600             # 32 x 600 = 19,200 of 60,000 rows
 learning_rate = 1.5e-3      # small batches with more steps beat large ones here
 grad_clip = 1.0
 max_length = 128

@@ -112,13 +112,20 @@ def why_unreadable(path: object, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     with suppress(Exception), open_regular(path) as file:
-        start = file.read(100).lstrip().lower()
-        if start.startswith(b"version https://git-lfs"):
-            return "a git-lfs pointer, not the file itself: git lfs pull fetches it"
-        if start.startswith((b"<!doctype", b"<html")):
-            return "a web page, not the file itself: fetch it again"
+        if found := stand_in(file.read(100)):
+            return found
     lines = str(error).strip().splitlines()
     return cut(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
+
+
+def stand_in(start: bytes) -> str | None:
+    """What a file is that begins like this, if it only takes the place of the real one."""
+    start = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself: git lfs pull fetches it"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "a web page, not the file itself: fetch it again"
+    return None
 
 
 def require_memory(size: int, what: str, device) -> None:

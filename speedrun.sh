@@ -56,7 +56,8 @@ left() {
     train teacher teacher_sft
     until_finished align
     train d2d d2d
-    train d2s d2s --micro_batch_size=32
+    # Both lanes wait for this one, so it runs on two ranks.
+    step d2s torchrun --standalone --nproc_per_node=2 train.py config/tiny/d2s.py
     train pd pd
     judge pd
 }

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
-from configurator import UserError, cut, expected, shorten, user_file
+from configurator import UserError, cut, expected, shorten, stand_in, user_file
 
 
 # -----------------------------------------------------------------------------
@@ -31,10 +31,17 @@ from configurator import UserError, cut, expected, shorten, user_file
 def read_text(path: str | Path, hint: str = "check the path") -> str:
     """A whole UTF-8 file, whatever the locale; a byte order mark at its start is dropped."""
     with user_file(path, hint=hint) as file:
+        refuse_stand_in(path, file)
         try:
             return io.TextIOWrapper(file, encoding="utf-8-sig").read()
         except UnicodeDecodeError:
             raise UserError(f"{path}: is not UTF-8 text; replace the file") from None
+
+
+def refuse_stand_in(path: str | Path, file: BinaryIO) -> None:
+    """UserError if what takes the place of the real file has just been opened, such as a git-lfs pointer."""
+    if found := stand_in(file.peek(100)):
+        raise UserError(f"{path}: cannot be read ({found})")
 
 
 def parse_json(text: str, where: str) -> object:

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from configurator import UserError, expected, shorten, user_file
 from data import IMAGE, TEMPLATES, load_image, render, require_image, transform_image
-from engine.files import atomic, sha256_of_file
+from engine.files import atomic, refuse_stand_in, sha256_of_file
 from engine.rows import parse_instruction, parse_pair
 
 
@@ -77,6 +77,7 @@ def read_rows(path: str, lenient: bool = False) -> Iterator[tuple[int, int, obje
     lenient: a line of a .jsonl file that is no JSON is yielded as its UserError, and the next one is read.
     """
     with user_file(path) as file:
+        refuse_stand_in(path, file)
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
         yield from read_lines(path, file, lenient) if path.endswith(".jsonl") else read_list(path, file)

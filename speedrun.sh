@@ -32,7 +32,7 @@ train() {  # train NAME CONFIG [FLAGS]
 }
 
 judge() {  # judge NAME...   the benchmarks of the world, then the same in a drawing style kept out of training
-    local options="--benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40"
+    local options="--benchmark=pope,gqa,objhal --batch_size=256 --max_new_tokens=40"
     for name in "$@"; do
         step "judge_$name" python evaluate.py --model=$out/$name --data=$world/bench \
             --out_dir=$out/judged/$name $options

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from losses import TeacherReference
 
-CHUNK = {"cpu": 16, "cuda": 256}      # tokens whose softmax exists at a time: in fp32, and several times over
+LOGITS = {"cpu": 2_500_000, "cuda": 39_000_000}     # whose softmax exists at a time, in fp32 and several times over: 16 and
+                                                    # 256 tokens of Qwen's vocabulary, and all tokens of a tiny one
 PER_PRODUCT = {"cpu": 16, "cuda": 4}  # chunks per matrix product: a product of few tokens is a slow one
 ROWS = {"cpu": 2048, "cuda": 32768}   # rows of a trained head that are cast and multiplied at a time
 
@@ -32,8 +33,13 @@ def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, loss: Callable[..., t
     Raises ValueError in the backward if `head` is trainable and the tokens are not weighted alike (a plain sum): the
     head's gradient is summed over the tokens before their weights are known.
     """
-    values, parts, names = ChunkedLoss.apply(hidden, head, loss, chunk or CHUNK[hidden.device.type], teacher)
+    chunk = chunk or tokens_per_chunk(len(head), hidden.device.type)
+    values, parts, names = ChunkedLoss.apply(hidden, head, loss, chunk, teacher)
     return values, dict(zip(names, parts))
+
+
+def tokens_per_chunk(vocab_size: int, device: str) -> int:
+    return max(1, LOGITS[device] // vocab_size)
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -295,7 +295,7 @@ def be_like_a_gpu(set_attribute):
     set_attribute(F, "rms_norm", lambda x, shape, weight, eps: NormOnGPU.apply(x, weight, eps))
     set_attribute(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None, is_causal=False, enable_gqa=False:
                   AttentionOnGPU.apply(q, k, v, is_causal))
-    set_attribute(plan, "CHUNK", {"cuda": chunked.CHUNK["cpu"]})           # plan counts on a GPU
+    set_attribute(chunked, "LOGITS", dict.fromkeys(chunked.LOGITS, chunked.LOGITS["cpu"]))                # plan counts on a GPU
     set_attribute(plan, "PER_PRODUCT", {"cuda": chunked.PER_PRODUCT["cpu"]})
     set_attribute(chunked, "ROWS", {"cpu": 256})                           # blocks of the head that are small next to logits
 

@@ -35,7 +35,7 @@ def print_table(title: str, folder: Path, models: dict[str, str]) -> None:
         path = folder / name / "results.json"
         if name not in MODELS and not path.is_file():
             raise UserError(f"{path}: no such file; run evaluate.py --model={folder.parent / name} --data=data/tiny/bench "
-                            f"--out_dir={path.parent} --benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40")
+                            f"--out_dir={path.parent} --benchmark=pope,gqa,objhal --batch_size=256 --max_new_tokens=40")
         results = read_json(path, hint=HINT)
         pope, gqa, objhal = results["pope"], results["gqa"], results["objhal"]
         kinds = [gqa["by_type"][f"semantic: {GQA_TYPES[kind]}"] for kind in QUESTION_KINDS.values()]

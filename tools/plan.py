@@ -51,7 +51,7 @@ import torch
 
 import data
 from configurator import Config, UserError, run, run_config_file
-from engine.chunked import CHUNK, PER_PRODUCT
+from engine.chunked import PER_PRODUCT, tokens_per_chunk
 from engine.index import parse_sources
 from engine.hf import describe_llava, describe_parts, grow_vocabulary, without_weights
 from model import DECODERS, FFN, Block, Llava, LlavaConfig, RMSNorm, VisionConfig
@@ -290,9 +290,10 @@ def kept_by_ffn(ffn: FFN, half: int) -> int:
 
 
 def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batch, half: int) -> float:
-    """Some tokens' logits, later their gradients, and for CHUNK["cuda"] of them what the loss computes."""
+    """Some tokens' logits, later their gradients, and for a chunk of them what the loss computes."""
     head = student.decoder.head_weight
     V, D = head.shape
+    chunk = tokens_per_chunk(V, "cuda")
     if config.stage == "pd":                                         # all in fp32, see train.sequence_logprobs
         half = 4
     work = half * batch.targets * 2 * D                              # the head's input, and its gradient
@@ -300,11 +301,11 @@ def loss_work(student: Llava, teacher: Llava | None, config: Config, batch: Batc
     if teacher is not None and config.stage != "pd":
         work += half * batch.targets * teacher.config.decoder.n_embd
         if config.kd_weight:                                         # again for the KL; the teacher's; their product
-            work += V * half * min(CHUNK["cuda"] * PER_PRODUCT["cuda"], batch.targets)
+            work += V * half * min(chunk * PER_PRODUCT["cuda"], batch.targets)
             per_logit = {"forward": 24, "reverse": 24, "jsd": 40, "mse": 26}[config.kd_loss]
             per_logit += 10 if config.kd_standardize else 6 if config.kd_temperature != 1 else 0
-    work += V * half * min(CHUNK["cuda"] * PER_PRODUCT["cuda"], batch.targets)
-    work += V * per_logit * min(CHUNK["cuda"], batch.targets)
+    work += V * half * min(chunk * PER_PRODUCT["cuda"], batch.targets)
+    work += V * per_logit * min(chunk, batch.targets)
     return work + 4 * V * D * head.requires_grad                     # the head's gradient so far
 
 

@@ -67,7 +67,7 @@ WARM_ACCURACY = 70.0            # percent of the check set's yes/no questions; c
 TUNING = 100                    # seeds from here on are judged on validation scenes
 ROOT = Path(__file__).resolve().parents[1]
 IN_WORLD = {"world": "", "vision": "base/vision", "llm_teacher": "base/llm_teacher", "llm_student": "base/llm_student"}
-JUDGES = "--benchmark=pope,gqa,objhal --batch_size=64 --max_new_tokens=40 --device=cpu"
+JUDGES = "--benchmark=pope,gqa,objhal --batch_size=256 --max_new_tokens=40 --device=cpu"
 PROGRAMS = {"train.py": "train.py", "evaluate.py": "evaluate.py", "tiny": "tiny/__main__.py", "tools.answer": "tools/answer.py"}
 PRELOADED = (evaluate, tiny.__main__, tools.answer, train)        # forked copies need not import them again
 

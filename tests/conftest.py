@@ -17,10 +17,17 @@ import torch
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).resolve().parent
+# A letter for names of files: not every name can be spelled where Python is kept from using UTF-8.
+ODD_LETTER = "ä" if sys.getfilesystemencoding() == "utf-8" else "z"
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "robustness")]
 
 WORDS = ("a the is there what do you see red blue green cup bus dog cat kite yes no two and in of image . ? , : USER ASSISTANT "
          "system user assistant you are helpful").split()
+
+
+def as_variable(text):
+    """How Python reads an environment variable of these characters, in whatever locale it was started."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def make_tokenizer():

@@ -74,7 +74,7 @@ def checked(folder, *flags):
         check.main([f"--image_dir={folder}", f"--out={folder / 'wrong.jsonl'}", *flags])
         return 0, []
     except Stopped as stop:
-        return stop.exit_code, [json.loads(line) for line in (folder / "wrong.jsonl").read_text().splitlines()]
+        return stop.exit_code, [json.loads(line) for line in (folder / "wrong.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # -----------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_images_that_cannot_be_read(folder, capsys):
     assert checked(folder, f"--data={path}")[0] == 0
     code, wrong = checked(folder, f"--data={path}", "--decode", f"--keep={folder / 'kept.jsonl'}")
     assert code == 1 and [each["row"] for each in wrong] == [0, 2] and "a web page, not the file itself" in wrong[0]["error"]
-    assert [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()] == [rows[1]]
+    assert [json.loads(line) for line in (folder / "kept.jsonl").read_text(encoding="utf-8").splitlines()] == [rows[1]]
     with pytest.raises(UserError, match="expected a new FILE.jsonl"):
         checked(folder, f"--data={path}", f"--keep={folder / 'kept.jsonl'}")
 

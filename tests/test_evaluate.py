@@ -323,7 +323,7 @@ def flags(name, tmp_path):
 
 
 def results(tmp_path):
-    return json.loads((tmp_path / "out/results.json").read_text())
+    return json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
 
 
 def lines(path):

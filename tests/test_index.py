@@ -21,6 +21,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from configurator import UserError
+from conftest import ODD_LETTER
 from data import render, transform_image
 from engine import index as index_file
 from engine.index import InstructionData, PreferenceData, measure, parse_sources, read_rows
@@ -277,12 +278,12 @@ def test_a_row_that_python_cannot_hold_is_named_by_its_line(tmp_path, name, bad,
 
 MIXED = [row("é", "<image>\nWas ist das? 中文", "Eine Kätzchen 😀 \\ \" ]", image="a.png"), row(1, "Hi", "Ho " * 9),
          row(2, "Hi", extra=[1.5e3, -0.25, None, True, {"ü": [[], {}]}]),
-         row("\n", "x <image> y <image>", "z " * 30, "<image>", "?", image=["b.png", "a.png", "ä.png"]),
+         row("\n", "x <image> y <image>", "z " * 30, "<image>", "?", image=["b.png", "a.png", f"{ODD_LETTER}.png"]),
          row(4, "long " * 40, "Ho", "Hi", "Ho")]
 PAIRS = [{"id": i, "chosen": turns("Hi é", chosen), "rejected": turns("Hi é", rejected)}
          for i, (chosen, rejected) in enumerate([("Ho", "No 中"), ("Ho " * 99, "Ho"), ("", "Ho")])]
 PAIRS += [{"id": "no answer", "chosen": turns("Hi", "Ho"), "rejected": turns("Hi")},
-          {"idx": 9, "question": "Wö?", "image_path": "ä.png", "chosen": "Red.", "rejected": "Blue."}]
+          {"idx": 9, "question": "Wö?", "image_path": f"{ODD_LETTER}.png", "chosen": "Red.", "rejected": "Blue."}]
 
 
 def spellings(rows, folder):
@@ -334,11 +335,11 @@ def count_calls(monkeypatch):
 
 
 def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
-    noise("RGB", 9, 9).save(world.folder / "ä.png")
+    noise("RGB", 9, 9).save(world.folder / f"{ODD_LETTER}.png")
     file, calls, checked = world(MIXED * 2), count_calls(monkeypatch), []
     monkeypatch.setattr(os.path, "isfile", lambda path, isfile=os.path.isfile: checked.append(path) or isfile(path))
     first = dataset(InstructionData, world, file)
-    assert sorted(map(os.path.basename, checked)) == ["a.png", "b.png", "ä.png"]  # each image only once
+    assert sorted(map(os.path.basename, checked)) == ["a.png", "b.png", f"{ODD_LETTER}.png"]  # each image only once
     [index] = world.folder.glob("rows.json.????????.index")
     assert len(calls) == 10 and not list(world.folder.glob("*.tmp"))
     again = dataset(InstructionData, world, file)
@@ -398,7 +399,7 @@ def test_progress_is_reported_every_few_seconds(world, monkeypatch, capsys):
 @pytest.mark.parametrize("max_length", [40, 56, 60, 64, 68, 80, 110, 999])
 def test_samples_are_those_of_the_plain_definition(world, kind, rows, max_length):
     """Everything in memory, whole rows rendered in full, and cut or dropped one by one."""
-    noise("RGB", 9, 9).save(world.folder / "ä.png")
+    noise("RGB", 9, 9).save(world.folder / f"{ODD_LETTER}.png")
     expected, no_answer = [], 0
     for number, raw in enumerate(rows):
         if kind is InstructionData:

@@ -221,7 +221,7 @@ def test_the_benchmarks_files_are_listed(capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().out
     assert "pope: data/eval/pope/coco\n" in said and "gqa: data/eval/gqa/data/images  (absent)" in said
     listed = {entry["path"].split("/")[0] for entry in json.loads((ROOT / "config/eval.json").read_text())["files"]}
-    page = (ROOT / "docs/benchmarks.md").read_text()
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert listed == {"gqa", "vizwiz", "scienceqa", "textvqa", "MME", "mmbench", "pope", "objhal", "mmhal", "AMBER"}
     assert all(f"\n{folder}/\n" in page for folder in listed)
 
@@ -236,9 +236,9 @@ def test_every_command_of_the_page_is_a_run_that_begins(monkeypatch):
     """Of docs/paper.md and docs/scale.md: no unknown key, none that would be ignored, no contradiction."""
     monkeypatch.chdir(ROOT)
     commands = [line.split("#")[0].split("train.py ")[1].split() for page in ("paper.md", "scale.md")
-                for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("torchrun") and "train.py config" in line]
+                for line in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines() if line.startswith("torchrun") and "train.py config" in line]
     assert len(commands) > 20
     outputs = {train.configure(command).out_dir for command in commands}
-    page = (ROOT / "docs/paper.md").read_text()
+    page = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
     assert all(f"out/{name}" in outputs for name in ("2b/dense", "2b/e4t1", "2b/d2s_all", "2b/d2s_weak", "2b/sft_sparse"))
     assert "A100-hours" in page

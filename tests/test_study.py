@@ -301,7 +301,7 @@ def test_the_report_is_made_from_the_lines_alone_and_twice_the_same(tmp_path):
         study.main([f"--results={raw}", f"--page={page}", f"--assets={assets}", "--report"])
         contents.append({path.name: path.read_bytes() for path in [page, *assets.iterdir()]})
     assert contents[0] == contents[1] and set(contents[0]) == {"page.md", "study_findings.svg", "study_data.svg"}
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.startswith(f"# Title\n\nby hand\n\n{BEGIN}\n") and text.endswith(f"{END}\nalso by hand\n")
     assert "old" not in text
     for question in QUESTIONS:

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from configurator import POSITIVE, Config, UserError, check_values, load_config, run
-from engine.files import atomic, disk_errors, make_folder, write_json
+from engine.files import atomic, disk_errors, make_folder, read_json, write_json
 from engine.index import read_rows
 from tools.download import MIXTURE, count_rows, read_manifest
 
@@ -257,7 +257,7 @@ def check(data: Path, archives: list[dict], d2s_rows: int) -> None:
         expected = f"{'about ' * (to > 1)}{rows:,} expected" if is_known else "its source does not state how many there should be"
         print(f"{found}: " + (f"{count_rows(found):,} rows, {expected}" if found.is_file() else f"absent, {expected}"))
     for entry in archives:
-        records = [json.loads(path.read_text()) for path in sorted(data.glob(entry["archive"] + ".unpacked"))]
+        records = [read_json(path) for path in sorted(data.glob(entry["archive"] + ".unpacked"))]
         files = sum(record["files"] for record in records)
         print(f"{data / entry['archive']}: {files:,} files in {data / entry['to']}" + (f", {entry['images']:,} expected" if entry["images"] else ""))
 

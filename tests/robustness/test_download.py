@@ -24,6 +24,7 @@ from urllib.parse import unquote
 import pytest
 
 from configurator import Stopped, UserError
+from conftest import as_variable
 from tools import download
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -484,7 +485,7 @@ def test_an_expired_token_is_named(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("token", ["hf_a\nb", "hf_\u201cx\u201d", "hf_\u20ac", "hf_a\r\nX-Evil: 1", "hf_\udcff", "hf_\x7f"])
 def test_a_token_that_no_header_can_carry(hub, tmp_path, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN", as_variable(token))
     line = fails(tmp_path)
     assert line.startswith("HF_TOKEN: ") and "hf_" not in line and hub.log == []
 
@@ -507,8 +508,8 @@ def test_a_password_in_the_endpoint_is_sent_and_not_shown(hub, tmp_path, capsys)
 @pytest.mark.parametrize("proxy", [
     "nonsense://x", "http://", "http://[::1", "http://me:Geheim@127.0.0.1:1", "\u20ac", "http://127.0.0.1:99999"])
 def test_a_proxy_that_cannot_work_is_named(hub, tmp_path, monkeypatch, proxy, capsys):
-    monkeypatch.setenv("HTTP_PROXY", proxy)
-    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("HTTP_PROXY", as_variable(proxy))
+    monkeypatch.setenv("http_proxy", as_variable(proxy))
     line = fails(tmp_path)
     shown = capsys.readouterr()
     assert "the proxy of" in line and "http_proxy" in line and "Geheim" not in line + shown.out + shown.err

@@ -24,6 +24,7 @@ import sample
 from benchmarks import judge
 from benchmarks.common import SHORT, mean, percent
 from configurator import UserError
+from conftest import as_variable
 from engine import files
 from test_evaluate import (FOLDERS, Scripted, endpoint, flags, gqa, lines, mmbench, mmhal, one_line,  # noqa: F401
                            picture, put, results, said, scripted, shell, vizwiz)
@@ -450,7 +451,7 @@ def test_a_password_in_the_judges_address(tmp_path, endpoint, capsys, monkeypatc
 
 @pytest.mark.parametrize("key", ["sk-a\nb", "sk-a\r\nX-Evil: 1", "sk-€uro", "sk-“quoted”", "sk-\x7f", "sk-\udcff"])
 def test_a_key_that_no_header_can_carry(key, tmp_path, endpoint, capsys, monkeypatch):
-    monkeypatch.setenv("MY_KEY", key)
+    monkeypatch.setenv("MY_KEY", as_variable(key))
     command = mmhal(tmp_path) + [f"--judge_url={endpoint.url}", "--judge_model=m", "--judge_key_env=MY_KEY"]
     assert shell(command) == 2 and endpoint.requests == []
     line = capsys.readouterr().err

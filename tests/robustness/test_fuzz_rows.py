@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image
 
-from conftest import make_tokenizer
+from conftest import ODD_LETTER, make_tokenizer
 from configurator import UserError
 from data import as_text, render
 from engine.index import InstructionData, PreferenceData
 
-IMAGES = ["a.png", "b é.png"]
+IMAGES = ["a.png", f"b {ODD_LETTER}.png"]
 PICTURES = ["image", "img", "picture", "photo"]
 MAX_LENGTHS = [24, 40, 999]
 
@@ -33,15 +33,15 @@ def turns(*texts):
 
 INSTRUCTIONS = [
     {"id": "1", "image": "a.png", "conversations": turns("<image>\nwhat is there ?", "a red cup .")},
-    {"id": 2, "image": ["a.png", "b é.png"],
+    {"id": 2, "image": ["a.png", f"b {ODD_LETTER}.png"],
      "conversations": turns("the <image>, <image>", "yes", "dog ?", "no " * 40)},
     {"id": None, "conversations": turns("hi 中文 😀", "two and two ."), "source": {"url": ["x", 1.5, None]}},
-    {"id": "late", "image": "b é.png", "conversations": turns("what ?", "see .", "<image>\nthere ?", "kite")},
+    {"id": "late", "image": f"b {ODD_LETTER}.png", "conversations": turns("what ?", "see .", "<image>\nthere ?", "kite")},
     {"id": "question only", "conversations": turns("what do you see ?")}]
 PREFERENCES = [
     {"id": "1", "image": "a.png", "chosen": turns("<image>\nwhat ?", "a cup"),
      "rejected": turns("<image>\nwhat ?", "a dog " * 9)},
-    {"idx": 2, "question": "what is there ?", "image": "b é.png", "chosen": "a kite", "rejected": "no"},
+    {"idx": 2, "question": "what is there ?", "image": f"b {ODD_LETTER}.png", "chosen": "a kite", "rejected": "no"},
     {"idx": 3, "question": "中文 ?", "image_path": "a.png", "chosen": "", "rejected": "yes " * 30},
     {"id": 4, "chosen": turns("red ?", "no", "blue ?", "yes"), "rejected": turns("red ?", "yes", "blue ?", "no")},
     {"id": 5, "chosen": turns("red ?", "no"), "rejected": turns("red ?")}]
@@ -129,7 +129,7 @@ def plain_sample(kind, sides, tokenizer, max_length):
 # -- broken rows and broken bytes --
 
 
-TEXTS = ["", " ", "<image>", "<image>\n<image>", "\ud800", "\udfff x", "\0", "a.png", "b é.png", "../a.png", "gone.png",
+TEXTS = ["", " ", "<image>", "<image>\n<image>", "\ud800", "\udfff x", "\0", "a.png", f"b {ODD_LETTER}.png", "../a.png", "gone.png",
          "a\0.png", "x" * 300, "an <image> tag", "human", "gpt", "<|endoftext|>", "😀" * 50, "\u2028\r\n"]
 ODD = TEXTS + [None, True, 0, -1, 10 ** 400, 1e308, float("nan"), float("inf"), [], {}, [[]], [None], ["a.png"],
                ["a.png", 3], {"from": "gpt", "value": "x"}, turns("hi", "ho"), turns("<image>", "ho")]

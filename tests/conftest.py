@@ -10,7 +10,8 @@ from pathlib import Path
 
 # One thread here and in every process that a test starts: the order in which sums are added depends on the number of
 # threads, and some tests compare bit for bit. Tiny shapes gain nothing by more.
-os.environ["OMP_NUM_THREADS"] = "1"
+for library in ("OMP", "MKL", "OPENBLAS"):
+    os.environ[f"{library}_NUM_THREADS"] = "1"
 
 import pytest
 import torch

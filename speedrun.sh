@@ -56,8 +56,7 @@ left() {
     train teacher teacher_sft
     until_finished align
     train d2d d2d
-    # Both lanes wait for this one, so it runs on two ranks.
-    step d2s torchrun --standalone --nproc_per_node=2 train.py config/tiny/d2s.py
+    train d2s d2s --micro_batch_size=32
     train pd pd
     judge pd
 }

@@ -17,6 +17,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -36,7 +37,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))                  # values quoted from a file may hold line breaks
+        super().__init__(hide_logins(" ".join(message.split())))     # values quoted from a file may hold line breaks
 
 
 class Stopped(Exception):
@@ -72,7 +73,13 @@ def spell(value: object, how: Callable[[object], str] = repr, length: int = 60) 
 
 
 def cut(text: str, length: int = 60) -> str:
+    text = hide_logins(text)                                         # before its @ is cut off
     return text if len(text) <= length else text[:length - 3] + "..."
+
+
+def hide_logins(text: str) -> str:
+    """http://USER:PASSWORD@HOST in a message becomes http://***@HOST."""
+    return re.sub(r"://\S*@", "://***@", text)
 
 
 # -----------------------------------------------------------------------------
@@ -144,6 +151,10 @@ def require_memory(size: int, what: str, device) -> None:
 # -----------------------------------------------------------------------------
 # Programs
 
+# What writing fails with. Writing a file ends in a UserError that names it (engine/files.py); without a name it was printing.
+OUTPUT_ERRORS = (errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
+
+
 def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
     """Run a program's main(argv).
 
@@ -174,7 +185,9 @@ def run(main: Callable[[list[str]], object], doc: str, defaults: dict) -> None:
         sys.exit(141)
     except OSError as error:                                         # a disk, a permission
         discard_output()
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        place = error.filename or ("standard output" if error.errno in OUTPUT_ERRORS else None)
+        reason = error.strerror or " ".join(str(error).split())
+        print(f"error: {place}: {reason}" if place else f"error: {reason}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -20,7 +20,7 @@ The same command continues an interrupted run. An out_dir belongs to one model; 
 write to it at once.
 """
 from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, check_uses, check_values, expected, load_config,
-                          run, shorten)                              # first: from here on, Ctrl-C ends in one line
+                          run, shorten, user_file)                   # first: from here on, Ctrl-C ends in one line
 
 import difflib
 import hashlib
@@ -28,6 +28,7 @@ import importlib
 import io
 import json
 import os
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -41,8 +42,8 @@ from benchmarks.common import Benchmark, Question, need
 from benchmarks.paper import markdown, other_files, our_row
 from data import as_text, load_image, render, transform_image
 from engine import prefix
-from engine.files import (claim, digest_of_folder, disk_errors, lock, parse_json, read_json, read_rows, release, write_json,
-                          write_lines, write_text)
+from engine.files import (MARK, claim, digest_of_folder, disk_errors, lock, parse_json, read_json, read_rows, refuse_inputs,
+                          release, write_json, write_lines, write_text)
 from engine.hf import NOT_A_FOLDER, require_tokenizer
 from model import Llava
 
@@ -122,6 +123,8 @@ def check(config: Config) -> None:
         raise UserError("--judge_url and --judge_model go together: the chat model's endpoint, and its name there")
     if config.objhal_extract and not config.judge_url:
         raise UserError("--objhal_extract=True needs the chat model: give --judge_url and --judge_model")
+    if not re.fullmatch("([A-Za-z_][A-Za-z0-9_]*)?", config.judge_key_env):      # perhaps a key, so it is not repeated
+        raise UserError("--judge_key_env: expected the name of an environment variable that holds the key, and not the key")
     check_values(config, {
         "batch_size": POSITIVE, "max_new_tokens": NON_NEGATIVE, "vizwiz_split": ["val", "test"],
         "device": ["", "cpu", "cuda"], "dtype": ["", "float32", "bfloat16", "float16"]})
@@ -137,6 +140,26 @@ def check(config: Config) -> None:
     ])
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no GPU here; use --device=cpu")
+    check_out_dir(config)
+
+
+def check_out_dir(config: Config) -> None:
+    """UserError if a file of the user's, or one that this run reads, would be overwritten."""
+    out_dir = Path(config.out_dir)
+    for name in config.benchmark.split(","):
+        refuse_inputs(out_dir / name / "scored.jsonl", {key: config[key] for key in ("answers", "questions")})
+    found = [name for name in ("results.json", "results.md") if (out_dir / name).exists()]
+    if found and not (out_dir / "results.lock").exists():            # `report` makes it first
+        raise UserError(f"{out_dir}: holds files that evaluate.py did not write ({', '.join(found)}); choose another "
+                        "--out_dir")
+
+
+def claim_folder(folder: Path, model: dict, config: Config) -> None:
+    """Make OUT/NAME this run's own until `release`."""
+    scored = folder.name in read_results(config.out_dir, folder.name, model) and (folder / "scored.jsonl").exists()
+    if scored and not (folder / MARK).exists():                      # earlier versions scored without leaving the mark
+        write_text(folder / MARK, "evaluate.py\n")
+    claim(folder, "evaluate.py", {"model": config.model})
 
 
 def open_benchmark(name: str, config: Config) -> Benchmark:
@@ -146,11 +169,22 @@ def open_benchmark(name: str, config: Config) -> Benchmark:
 
 
 def score_file(benchmark: Benchmark, config: Config) -> None:
-    settings = Path(config.answers).with_name("settings.json")       # of the run that made the answers, if it was ours
-    answered_with = read_json(settings) if settings.exists() else f"{config.answers}, made elsewhere"
     texts, name = read_answers(config.answers, benchmark)
-    model = {"name": name, "digest": answered_with.get("model_digest") if settings.exists() else None}
-    report(benchmark, texts, model, answered_with, config)
+    settings = settings_of(config.answers)
+    model = {"name": name, "digest": settings["model_digest"] if settings else None}
+    folder = Path(config.out_dir) / benchmark.name
+    claim_folder(folder, model, config)
+    report(benchmark, texts, model, settings or f"{config.answers}, made elsewhere", config)
+    release(folder)
+
+
+def settings_of(answers: str) -> dict | None:
+    """The settings.json next to an answer file; None unless evaluate.py made both: other programs have such files, too."""
+    try:
+        settings = read_json(Path(answers).with_name("settings.json"))
+    except UserError:                                                # none, or not JSON
+        return None
+    return settings if {"model_digest", "questions"} <= settings.keys() else None
 
 
 def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
@@ -166,7 +200,8 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
     for benchmark in benchmarks:
         folder = Path(config.out_dir) / benchmark.name
         if rank == 0:
-            claim(folder, "evaluate.py", {"model": config.model})
+            claim_folder(folder, model, config)
+        check_images(benchmark)
         jobs = [job_id(question, benchmark.root) for question in benchmark.questions]
         todo = open_jobs(benchmark, jobs, folder, model, config, rank, world_size)
         if todo:
@@ -209,9 +244,24 @@ def barrier(world_size: int) -> None:
         dist.barrier()
 
 
-def job_id(question: Question, root: Path) -> str:
-    """Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs."""
-    images = [os.path.relpath(image, root).encode() if isinstance(image, Path) else image for image in question.images]
+def check_images(benchmark: Benchmark) -> None:
+    for question in benchmark.questions:
+        for image in question.images:
+            if isinstance(image, Path) and not image.is_file():
+                raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
+
+
+def job_id(question: Question, root: Path, sizes: bool = True) -> str:
+    """
+    Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs. sizes: of the image
+    files, a cheap sign that they are the same pictures, wherever they are now.
+    """
+    images = []
+    for image in question.images:
+        if isinstance(image, Path):
+            size = f" {image.stat().st_size}" if sizes else ""
+            image = (os.path.relpath(image, root) + size).encode()
+        images.append(image)
     digests = b"".join(hashlib.sha256(image).digest() for image in images or [b""])
     return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32]
 
@@ -227,8 +277,10 @@ def answer_settings(benchmark: Benchmark, jobs: list[str], model: dict, config: 
     All that the answers depend on, kept next to them in settings.json. An interrupted run is continued, and finished
     answers are reused, only if nothing here has changed, the weights and the questions included.
     """
+    without_sizes = [job_id(question, benchmark.root, sizes=False) for question in benchmark.questions]
     return {"model": model["name"], "model_digest": model["digest"],
-            "questions": hashlib.sha256("".join(jobs).encode()).hexdigest()[:12],
+            "questions": hashlib.sha256("".join(without_sizes).encode()).hexdigest()[:12],
+            "images": hashlib.sha256("".join(jobs).encode()).hexdigest()[:12],
             "suffix": benchmark.suffix, **benchmark.prompt_settings, "crop": config.crop, "beams": 1, "temperature": 0,
             "max_new_tokens": benchmark.max_new_tokens, "dtype": config.dtype}
 
@@ -240,20 +292,19 @@ def open_jobs(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, 
     jobs: that of each question.
     """
     settings, path = answer_settings(benchmark, jobs, model, config), folder / "settings.json"
-    earlier = read_json(path) if path.exists() else settings
+    earlier = {"images": settings["images"]} | read_json(path) if path.exists() else settings    # once it was not recorded
+    done = (folder / "answers.jsonl").exists()
     for key in settings | earlier:
-        if key != "model" and settings.get(key) != earlier.get(key):     # another name of the same model is no change
+        # Another name of the same model is no change. Until all is answered, the jobs of changed images are done again.
+        may_change = key == "model" or key == "images" and not done
+        if not may_change and settings.get(key) != earlier.get(key):
             raise UserError(f"{folder}: holds answers made with {key} {shorten(earlier.get(key))}, this run has "
                             f"{shorten(settings.get(key))}; remove the folder or choose another --out_dir")
     read_results(config.out_dir, benchmark.name, model)
-    if (folder / "answers.jsonl").exists():
+    if done:
         if rank == 0:
             print(f"{benchmark.name}: already answered in {folder / 'answers.jsonl'}")
         return {}
-    for question in benchmark.questions:
-        for image in question.images:
-            if isinstance(image, Path) and not image.is_file():
-                raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
 
     barrier(world_size)                                              # every rank has read the earlier settings, if any
     if rank == 0:
@@ -350,7 +401,9 @@ def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) 
 def read_partial_answers(path: Path) -> dict[str, str]:
     """{job: text}. The last line of a killed run may be cut off. A line that is no answer is done again."""
     answers = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    with user_file(path) as file:
+        text = file.read().decode(errors="replace")
+    for line in text.split("\n"):
         try:
             row = parse_json(line, str(path))
             answers[need(row, "job", str, "")] = need(row, "text", str, "")

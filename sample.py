@@ -102,7 +102,7 @@ def next_question() -> str:
     """A line of the user's; empty at the end of the input."""
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, RuntimeError):                                 # RuntimeError: there is no standard input, as with <&-
         print()
         return ""
     except UnicodeDecodeError:

@@ -23,17 +23,15 @@ TIMEOUT = 60
 class ChatModel:
     def __init__(self, config: Config, path: Path, temperature: float):
         self.model, self.path, self.temperature = config.judge_model or None, path, temperature
-        if config.judge_key_env and not os.environ.get(config.judge_key_env):
-            raise UserError(f"--judge_key_env: the environment variable {config.judge_key_env} is not set")
-        self.login = Login("--judge_url", config.judge_url, config.judge_key_env) if config.judge_url else None
-        self.rows = []                # of the file, other judges' replies included
+        self.login = open_login(config)
+        self.rows = []                # of the file, all but the empty ones that `write_pending` made
         self.replies = {}             # prompt -> (model, reply)
         for where, row in read_rows(path) if path.exists() else []:
             prompt = need(row, "prompt", str, where)
-            if row.get("reply") is not None:
+            if row != pending(prompt):
                 self.rows.append(row)
-                if self.model in (None, row.get("model")):
-                    self.replies[prompt] = row.get("model"), need(row, "reply", str, where)
+            if row.get("reply") is not None and self.model in (None, row.get("model")):
+                self.replies[prompt] = row.get("model"), need(row, "reply", str, where)
 
     def ask(self, prompt: str) -> str:
         if prompt not in self.replies:
@@ -44,8 +42,8 @@ class ChatModel:
         return self.replies[prompt][1]
 
     def write_pending(self, prompts: list[str]) -> None:
-        """Without an endpoint: the file with all replies so far, and an empty one for each of these prompts."""
-        write_lines(self.path, self.rows + [{"model": None, "prompt": prompt, "reply": None} for prompt in prompts])
+        """Without an endpoint: the file with all replies so far, and an empty reply for each of these prompts."""
+        write_lines(self.path, self.rows + [pending(prompt) for prompt in prompts])
 
     def send(self, prompt: str) -> str:
         url = self.login.address + "/chat/completions"
@@ -72,6 +70,17 @@ class ChatModel:
                 time.sleep(pause)
         raise UserError(f"--judge_url: {url} gave {problem}; {len(self.replies)} replies are kept in {self.path}, "
                         "run the same command again to continue")
+
+
+def open_login(config: Config) -> Login | None:
+    """The endpoint's address and key, checked; None if there is no endpoint. Benchmarks check it when they are opened."""
+    if config.judge_key_env and not os.environ.get(config.judge_key_env):
+        raise UserError(f"--judge_key_env: the environment variable {config.judge_key_env} is not set")
+    return Login("--judge_url", config.judge_url, config.judge_key_env) if config.judge_url else None
+
+
+def pending(prompt: str) -> dict:
+    return {"model": None, "prompt": prompt, "reply": None}
 
 
 def completion(response: requests.Response) -> str | None:

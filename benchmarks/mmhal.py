@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.common import SHORT, Benchmark, Question, mean, need, percent
-from benchmarks.judge import ChatModel, fill
+from benchmarks.judge import ChatModel, fill, open_login
 from engine.files import read_text
 
 PROMPT = Path(__file__).with_name("mmhal_prompt.txt")
@@ -25,6 +25,11 @@ class MMHal(Benchmark):
 
     def load(self) -> list[Question]:
         self.suffix = SHORT if self.config.mmhal_short else ""
+        path = self.root / "judge_prompt.txt"
+        self.prompt_file = path if path.exists() else PROMPT
+        self.judge_prompt = read_text(self.prompt_file)
+        fill(self.judge_prompt, [""] * 4, self.prompt_file)          # what is wrong with the judge is said before answering
+        open_login(self.config)
         questions = []
         for i, (where, row) in enumerate(self.rows("response_template.json")):   # rows have no id: the order is the key
             prompt = need(row, "question", str, where)
@@ -41,13 +46,11 @@ class MMHal(Benchmark):
         return super().read_answer(row, where, index)
 
     def score(self, texts: list[str]) -> tuple[dict, list[tuple]]:
-        path = self.root / "judge_prompt.txt"
-        source = path if path.exists() else PROMPT
-        template = read_text(source)
         prompts = []
         for question, text in zip(self.questions, texts):
             contents = ", ".join(map(str, question.gold["contents"]))
-            prompts.append(fill(template, [contents, question.prompt, question.gold["answer"], text], source))
+            values = [contents, question.prompt, question.gold["answer"], text]
+            prompts.append(fill(self.judge_prompt, values, self.prompt_file))
         judge = ChatModel(self.config, Path(self.config.out_dir) / self.name / "judge.jsonl", temperature=0)
         pending = [prompt for prompt in prompts if prompt not in judge.replies]
         if pending and not judge.login:
@@ -63,7 +66,7 @@ class MMHal(Benchmark):
             by_type[question.gold["type"]].append(readings[-1][2])
         ratings = [rating for _, _, rating in readings]
         self.protocol = {"judge": ", ".join(sorted({judge.replies[prompt][0] or "unnamed" for prompt in prompts})),
-                         "judge_prompt": "built in" if source == PROMPT else path.name}
+                         "judge_prompt": "built in" if self.prompt_file == PROMPT else self.prompt_file.name}
         hallucinated = sum(rating < 3 for rating in ratings)
         return {"score": mean(ratings), "hallucination_rate": percent(hallucinated, len(ratings)),
                 "informativeness": 100 * mean(rating - 3 if rating >= 3 else rating for rating in ratings) / 3,

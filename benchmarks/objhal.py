@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.common import Benchmark, Question, decode_base64, mean, need, percent
-from benchmarks.judge import ChatModel, fill
+from benchmarks.judge import ChatModel, fill, open_login
 from benchmarks.objects import SYNONYMS, CocoWords
 from configurator import UserError
 from engine.files import parse_json, read_text
@@ -26,6 +26,8 @@ class ObjHal(Benchmark):
     suffix = ""
 
     def load(self) -> list[Question]:
+        if self.config.objhal_extract:
+            open_login(self.config)                                  # what is wrong with it is said before answering
         path = self.root / "synonyms.txt"
         self.coco = CocoWords(read_text(path if path.exists() else SYNONYMS))
         source = "synonyms.txt" if path.exists() else "built in"

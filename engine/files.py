@@ -139,16 +139,21 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
     with disk_errors(folder):
         if not folder.exists():
             return
-        for name, path in (inputs or {}).items():
-            if path and os.path.exists(path) and os.path.samefile(path, folder):
-                raise UserError(f"{folder}: is also the {name} of this run, and would be overwritten; choose "
-                                "another folder")
+        refuse_inputs(folder, inputs or {})
         names = sorted(os.listdir(folder))
         found = read_text(folder / MARK).strip() if MARK in names else ""
     if found == owner or not found and names in ([], [MARK]):        # [MARK]: killed while it made the folder
         return
     made_by = f"was made by {cut(found)}" if found else f"holds files that {owner} did not write ({shorten(names)})"
     raise UserError(f"{folder}: {made_by}; choose another folder, a new or empty one")
+
+
+def refuse_inputs(output: str | Path, inputs: dict[str, str | None]) -> None:
+    """UserError if `output`, a file or folder, is one that the same run reads. inputs: {name: path}."""
+    for name, path in inputs.items():
+        if path and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
+            raise UserError(f"{output}: is also the {name} of this run, and would be overwritten; choose another place for "
+                            "the output")
 
 
 def claim(folder: str | Path, owner: str, inputs: dict[str, str | None] | None = None, wait: bool = False) -> None:

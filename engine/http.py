@@ -1,7 +1,8 @@
 """
 Keys and passwords for HTTP requests: sent to the one server they are for, and shown and stored nowhere.
 
-A login leaves the address before anything can print the address; `Login.hide` removes it from what the server says.
+A login leaves the address before anything can print the address; `Login.hide` removes it from what the server says, and
+`hide_logins` of configurator.py from what a message quotes of the user's.
 """
 import os
 import re

@@ -5,7 +5,7 @@ Everything is checked against values and messages written out by hand.
 """
 import pytest
 
-from configurator import Config, UserError, load_config
+from configurator import Config, UserError, check_uses, expected, load_config
 
 DEFAULTS = {"learning_rate": 1e-3, "batch_size": 32, "dry_run": False, "student": "out/align", "teacher": None,
             "max_steps": 0}
@@ -113,6 +113,18 @@ def test_wrong_flags(argv, expected):
 def test_wrong_files(tmp_path, text, expected):
     path = write(tmp_path, text)
     assert message([path]).startswith(path) and expected in message([path])
+
+
+@pytest.mark.parametrize("address", ["http://me:Geheim@host/v1", "https://Geheim@host:80", "http://me:Ge/Geheim@host",
+                                     "http://me:" + "Geheim" * 20 + "@host"])
+def test_a_message_repeats_no_password(tmp_path, address):
+    path = write(tmp_path, f"student = [{address!r}]\n")
+    texts = [message([path]), message([address]), message(["--max_steps=1", address]), message([f"--{address}"]),
+             message([f"--student={address}\udcff"]), str(expected("judge_url", address, "a host"))]
+    with pytest.raises(UserError, match="student=.*would be ignored") as caught:
+        check_uses(Config(DEFAULTS, student=address), DEFAULTS, [(["student"], False, "another stage")])
+    for text in [*texts, str(caught.value)]:
+        assert "Geheim" not in text and "://***@host" in text
 
 
 def test_missing_file_misplaced_file_and_bare_setting(tmp_path):

@@ -857,6 +857,28 @@ def test_a_judge_key_that_is_not_set(tmp_path, capsys, monkeypatch):
     one_line(capsys, "NO_SUCH_KEY is not set")
 
 
+@pytest.mark.parametrize("name", ["mmhal", "pope"])
+@pytest.mark.parametrize("key", ["sk-Geheim", "Geheim.1", "Ge heim", "1Geheim"])
+def test_a_judge_key_in_place_of_its_variables_name_is_not_shown(name, key, capsys):
+    assert shell([f"--benchmark={name}", "--data=x", "--out_dir=o", "--model=m", f"--judge_key_env={key}"]) == 2
+    shown = capsys.readouterr().err
+    assert key not in shown and shown.startswith("error: --judge_key_env: expected the name of an environment variable")
+
+
+@pytest.mark.parametrize("more, template, needle", [
+    (["--judge_url=localhost:8000"], None, "--judge_url: found"),
+    (["--judge_url=http://x", "--judge_key_env=NO_SUCH_KEY"], None, "NO_SUCH_KEY is not set"),
+    ([], "no places", "judge_prompt.txt: has 0 places {}, expected 4")])
+def test_mistakes_about_the_judge_are_said_before_answering(more, template, needle, tmp_path, scripted, capsys, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    mmhal(tmp_path)
+    if template:
+        put(tmp_path / "mmhal/judge_prompt.txt", template)
+    code, model = scripted({}, *flags("mmhal", tmp_path), *more, *["--judge_model=m"] * bool(more))
+    assert code == 2 and model.asked == [] and not (tmp_path / "out").exists()
+    one_line(capsys, needle)
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path, capsys):
     gqa(tmp_path)
     assert shell([f"--model={tmp_path}", *flags("gqa", tmp_path)]) == 2

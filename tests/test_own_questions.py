@@ -4,9 +4,11 @@ Your own questions as a benchmark: what the model reads, what counts as right, a
     python -m pytest tests/test_own_questions.py
 """
 import json
+import shutil
 
 import pytest
 
+import evaluate
 from benchmarks.common import SHORT
 from test_evaluate import lines, one_line, picture, put, results, scripted, shell  # noqa: F401: scripted is a fixture
 
@@ -45,6 +47,25 @@ def test_answers_and_exact_match(scripted, tmp_path, name):  # noqa: F811
     assert shell([f"--answers={answers}", "--benchmark=own", f"--questions={tmp_path / name}",
                   f"--out_dir={tmp_path / 'scored'}"]) == 0             # scoring needs no images
     assert json.loads((tmp_path / "scored/results.json").read_text())["own"]["accuracy"] == 75.0
+
+
+def test_other_pictures_of_the_same_names_are_noticed(scripted, tmp_path, capsys):  # noqa: F811
+    command, settings = folder(tmp_path, ROWS), tmp_path / "out/own/settings.json"
+    assert scripted(SCRIPT, *command)[0] == 0
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved")
+    moved = [*command, f"--image_dir={tmp_path / 'moved'}"]
+    assert scripted({}, *moved)[0] == 0                                 # moved: the same pictures
+    put(tmp_path / "moved/sub/dog.png", picture("blue", size=(70, 90)))
+    assert scripted({}, *moved)[0] == 2
+    one_line(capsys, "out/own: holds answers made with images", "choose another --out_dir")
+    own = evaluate.open_benchmark("own", evaluate.load_config(evaluate.DEFAULTS, command))
+    put(tmp_path / "out/own/answers.partial.0.jsonl", [
+        {"job": evaluate.job_id(question, own.root), "text": "red"} for question in own.questions])
+    (tmp_path / "out/own/answers.jsonl").unlink()                       # as if the run had been interrupted:
+    code, model = scripted(SCRIPT, *moved)                              # only the new picture is asked about again
+    assert code == 0 and model.asked == ["<image>\nHow many?"]
+    put(settings, {key: value for key, value in json.loads(settings.read_text()).items() if key != "images"})
+    assert scripted({}, *moved)[0] == 0                                 # answered before the sizes were recorded
 
 
 def test_without_any_answer_there_is_no_accuracy(scripted, tmp_path, capsys):  # noqa: F811

@@ -53,6 +53,12 @@ def test_a_conversation_ends_with_the_input(world, capsys, monkeypatch):
     assert capsys.readouterr().out == "\n"
 
 
+def test_a_conversation_without_standard_input_ends(world, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)                             # as with <&-
+    sample.main([f"--model={world / 'dense'}", "--device=cpu"])
+    assert capsys.readouterr().out == "\n"
+
+
 def test_bad_input(world):
     for wrong in ("--max_new_tokens=0", "--temperature=-1", "--device=gpu", "--model="):
         with pytest.raises(UserError, match=wrong.strip("-").split("=")[0]):

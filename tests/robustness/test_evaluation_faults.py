@@ -28,6 +28,7 @@ from conftest import as_variable
 from engine import files
 from test_evaluate import (FOLDERS, Scripted, endpoint, flags, gqa, lines, mmbench, mmhal, one_line,  # noqa: F401
                            picture, put, results, said, scripted, shell, vizwiz)
+from test_ownership import contents
 
 
 def script_of(answers):
@@ -197,6 +198,63 @@ def test_answers_are_not_written_among_files_of_others(out_dir, tmp_path, script
     one_line(capsys, "gqa: holds files that evaluate.py did not write")
     kept = {path: path.read_bytes() for path in before}
     assert kept == before
+
+
+@pytest.mark.parametrize("mode", ["answers", "model"])
+@pytest.mark.parametrize("name", ["results.json", "results.md", "gqa/scored.jsonl", "gqa/thesis.tex"])
+def test_results_are_not_written_over_files_of_others(name, mode, tmp_path, scripted, capsys):
+    command, _ = answer_file("gqa", tmp_path)
+    put(tmp_path / "out" / name, "{}\n")
+    before = contents(tmp_path)
+    assert (shell(command) if mode == "answers" else scripted({}, *flags("gqa", tmp_path))[0]) == 2
+    one_line(capsys, "holds files that evaluate.py did not write")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("folder", ["out/gqa", "link"])
+def test_what_a_run_reads_is_not_overwritten(folder, tmp_path, capsys):
+    command, _ = answer_file("gqa", tmp_path)
+    assert shell(command) == 0
+    os.symlink(tmp_path / "out/gqa", tmp_path / "link")
+    put(tmp_path / "out/own/scored.jsonl", [{"question_id": "201", "text": "What?", "answer": "a"}])
+    before = contents(tmp_path)
+    assert shell([*command, f"--answers={tmp_path / folder / 'scored.jsonl'}"]) == 2
+    one_line(capsys, "out/gqa/scored.jsonl: is also the answers of this run")
+    questions = tmp_path / folder / "../../out/own/scored.jsonl"
+    assert shell([command[0], "--benchmark=own", f"--questions={questions}", command[-1]]) == 2
+    one_line(capsys, "out/own/scored.jsonl: is also the questions of this run")
+    assert contents(tmp_path) == before
+
+
+def test_folders_of_evaluations_are_scored_into_again(tmp_path, scripted):
+    """Whoever made them: a model, a scoring run, or a scoring run of a version that left no mark."""
+    answers, expected = gqa(tmp_path)
+    assert scripted(script_of(answers), *flags("gqa", tmp_path))[0] == 0
+    made = tmp_path / "out/gqa/answers.jsonl"
+    for out in ("out", "scored", "scored"):
+        assert shell([f"--answers={made}", *flags("gqa", tmp_path)[:2], f"--out_dir={tmp_path / out}"]) == 0
+    (tmp_path / "scored/gqa/lock").unlink()
+    assert shell([f"--answers={made}", *flags("gqa", tmp_path)[:2], f"--out_dir={tmp_path / 'scored'}"]) == 0
+    assert scripted({}, *flags("gqa", tmp_path))[0] == 0           # and the model's own run goes on
+    for out in ("out", "scored"):
+        assert json.loads((tmp_path / out / "results.json").read_text())["gqa"]["accuracy"] == expected["accuracy"]
+
+
+@pytest.mark.parametrize("content", ['{"editor.fontSize": 12}', "[1]", "{ // of an editor\n}", '{"questions": 3}'])
+def test_settings_of_other_programs_say_nothing_about_answers(content, tmp_path):
+    command, _ = answer_file("gqa", tmp_path)
+    put(tmp_path / "settings.json", content)
+    assert shell(command) == 0
+    assert results(tmp_path)["gqa"]["protocol"]["answers"] == f"{tmp_path / 'gqa.jsonl'}, made elsewhere"
+
+
+def test_a_pipe_in_place_of_partial_answers(tmp_path, scripted, capsys):
+    gqa(tmp_path)
+    put(tmp_path / "out/gqa/lock", "evaluate.py\n")
+    os.mkfifo(tmp_path / "out/gqa/answers.partial.0.jsonl")
+    code, model = scripted({}, *flags("gqa", tmp_path))
+    assert code == 2 and model.asked == []
+    one_line(capsys, "answers.partial.0.jsonl: cannot be read (a pipe or a device, not a file)")
 
 
 def test_a_folder_is_answered_into_by_one_evaluation(tmp_path, scripted, capsys):
@@ -485,6 +543,16 @@ def test_replies_of_another_judge_stay(tmp_path, endpoint):
         endpoint.replies = [said(f"Rating: {len(name)}")] * 3
         assert shell(command + [f"--judge_url={endpoint.url}", f"--judge_model={name}"]) == 0
     assert [each["model"] for each in lines(tmp_path / "out/mmhal/judge.jsonl")] == ["a"] * 3 + ["b"] * 3
+
+
+def test_lines_that_a_user_adds_to_the_judges_file_stay(tmp_path):
+    command, path = mmhal(tmp_path), tmp_path / "out/mmhal/judge.jsonl"
+    assert shell(command) == 0
+    waiting = lines(path)
+    mine = [{"prompt": "my notes", "reply": None, "note": "mine"}, waiting[0] | {"note": "not sure yet"}]
+    put(path, mine + waiting)
+    assert shell(command) == 0
+    assert lines(path) == mine + waiting                          # and the empty lines are not doubled
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ def test_a_program_whose_output_nothing_reads_ends(lines, target, code, said):
 
 @pytest.mark.parametrize("error, line", [
     ("OSError(13, 'Permission denied', '/some/file')", "error: /some/file: Permission denied"),
+    ("OSError(29, 'Illegal seek')", "error: Illegal seek"), ("OSError('no image\\nat all')", "error: no image at all"),
+    ("OSError(28, 'No space left on device')", "error: standard output: No space left on device"),
     ("UserError('one\\ntwo')", "error: one two"), ("KeyboardInterrupt", "interrupted")])
 def test_whatever_the_machine_refuses_is_one_line(error, line):
     script = f"from configurator import *\ndef main(argv): raise {error}\nrun(main, '', {{}})"

@@ -464,10 +464,10 @@ DEFAULTS = dict(
 def main(argv: list[str]) -> None:
     """Print row N of FILE as that model is trained on it: argv[0] is FILE:N, counted from 0."""
     from engine.hf import describe_llava, require_tokenizer          # upwards: only this program within a library needs them
-    from engine.index import read_rows
+    from engine.index import read_rows, row_name
     from engine.rows import parse_instruction, parse_pair
     path, _, number = argv[0].rpartition(":") if argv else ("", "", "")
-    if not path or not number.isdecimal():
+    if not path or not number.isdecimal() or len(number) > 15:
         raise UserError("name a row: python data.py FILE.json:N, counted from 0")
     config = load_config(DEFAULTS, argv[1:])
     llava = describe_llava(Path(config.model))
@@ -476,9 +476,13 @@ def main(argv: list[str]) -> None:
     if row is None:
         raise UserError(f"{path}: has no row {number}")
     with_pair = isinstance(row, dict) and "chosen" in row
-    names, conversations = (parse_pair if with_pair else parse_instruction)(row)
-    for conversation in conversations:                               # of a pair: chosen, then rejected
-        ids, mask = render(conversation, llava.tokenizer, llava.config.template, llava.config.image_tokens)
+    try:
+        names, conversations = (parse_pair if with_pair else parse_instruction)(row)
+        samples = [render(conversation, llava.tokenizer, llava.config.template, llava.config.image_tokens)
+                   for conversation in conversations]
+    except UserError as error:
+        raise UserError(f"{row_name(path, number, row)}: {error}") from None
+    for ids, mask in samples:                                        # of a pair: chosen, then rejected
         show(ids, mask, llava.tokenizer)
         print(f"[{len(ids)} positions, {ids.count(llava.config.image_token_id)} of them of images; {sum(mask)} supervised, in green; "
               f"images: {', '.join(names) or 'none'}]\n")

@@ -88,6 +88,8 @@ def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bo
     with disk_errors(path, size, note):
         try:
             make_folder(path.parent)
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path}: is a folder, a pipe or a device, and a file is to be written; choose another name")
             if size is not None and shutil.disk_usage(path.parent).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield tmp

@@ -7,6 +7,7 @@ for what cannot be drawn.
 import base64
 import io
 import json
+import math
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -174,6 +175,9 @@ def test_commands_and_endings():
         assert "a name that ends in .png or .svg" in fails("pipeline", f"--out={name}")
     assert "did you mean out" in fails("pipeline", "--outt=a.png")
     assert "positive" in fails("experts", "out/d2s", "--last=0")
+    for wrong in (["curves", "a", "--models=a"], ["curves", "a", "--last=3"], ["experts", "a", "--models=a"],
+                  ["scenes", "a", "--last=3"], ["pipeline", "--last=3"]):
+        assert "here it would be ignored" in fails(*wrong)
 
 
 def test_logs_that_are_none(tmp_path):
@@ -187,6 +191,13 @@ def test_logs_that_are_none(tmp_path):
     ragged = sparse_records(2)
     ragged[1]["image_load"] = [[0.5, 0.5]]
     assert "layers x experts" in fails("experts", write_log(tmp_path / "ragged", ragged))
+    for load in ([], 0.5, [0.5, 0.5], [[[0.5]]], [[]], None, [[math.nan]], [[10**400]], "x"):
+        rows = records(2, image_load=load, text_load=load)
+        assert "layers x experts" in fails("experts", write_log(tmp_path / "shapes", rows))
+    for number in (math.inf, -math.inf, math.nan, 10**400, 1e300, True, "1"):
+        for wrong in ({"step": 2, "loss": number}, {"step": number, "loss": 1.0}):
+            assert "two finite numbers" in fails("curves", write_log(tmp_path / "numbers", [*records(1), wrong]))
+        look.draw_curves([write_log(tmp_path / "parts", [*records(3), *records(1, ce=number, val_loss=number)])])
 
 
 def test_folders_that_are_no_tiny_world(tmp_path, tiny_world):
@@ -194,6 +205,13 @@ def test_folders_that_are_no_tiny_world(tmp_path, tiny_world):
     assert "captions_val2014.json: no such file" in fails("scenes", tmp_path)
     assert "nowhere" in fails("scenes", tiny_world, "--models=nowhere")
     rows = tiny_world / "bench" / "objhal" / "obj_halbench_300_with_image.jsonl"
+    row = json.loads(rows.read_text().splitlines()[2])
+    large = io.BytesIO()
+    Image.new("1", (9_500, 9_500)).save(large, "PNG")
+    for picture, says in (("@@@", "should be base64"), (base64.b64encode(b"no picture").decode(), "not a readable image"),
+                          (base64.b64encode(large.getvalue()).decode(), "not a readable image"), (5, "expected str")):
+        rows.write_text(json.dumps(row | {"image": picture}))
+        assert says in (said := fails("scenes", tiny_world)) and "obj_halbench_300_with_image.jsonl line 1" in said
     rows.write_text('{"id": 7}')
     assert "other rows than those of a tiny world" in fails("scenes", tiny_world)
     rows.write_text("")

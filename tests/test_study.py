@@ -262,15 +262,41 @@ def test_which_runs(tmp_path):
     assert parse_seeds("0-2,100") == [0, 1, 2, 100]
     with pytest.raises(UserError, match="--arms: found 'sftt'"):
         chosen_runs(config(tmp_path, arms="sftt"))
-    with pytest.raises(UserError, match="--seeds: found '1-'"):
-        parse_seeds("1-")
+    for wrong in ("1-", "", "²", "5-3", "1,,2", "-1", "9" * 5000, "0-99999999999", "0-300000000", "0-500,0-500"):
+        with pytest.raises(UserError, match=f"--seeds: found '{wrong[:20]}.*at most 1,000 seeds"):
+            parse_seeds(wrong)
+    with pytest.raises(UserError, match="scale is 1e.308, expected a positive number, at most 10"):
+        study.main(["--scale=1e308"])
 
 
 def test_a_line_of_other_settings_is_refused(tmp_path):
-    line = {"arm": "kd", "seed": 0, "settings": {"start": "warm", "stages": ["d2d --max_steps=9"], "scale": 1.0}}
+    line = make_lines()[0] | {"arm": "kd", "seed": 0,
+                              "settings": {"start": "warm", "stages": ["d2d --max_steps=9"], "scale": 1.0}}
     (tmp_path / "raw.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match="raw.jsonl line 1: arm kd was run with other settings"):
         Study(config(tmp_path))
+    for other in ({}, {"a": 1}, 1, "x", line | {"scores": {}}):
+        (tmp_path / "raw.jsonl").write_text(json.dumps(other) + "\n")
+        with pytest.raises(UserError, match="raw.jsonl line 1: expected a run of a known arm"):
+            Study(config(tmp_path))
+    with pytest.raises(UserError, match="a folder, not a file"):
+        Study(config(tmp_path, results=str(tmp_path)))
+
+
+def test_a_damaged_record_of_a_job_is_named(tmp_path):
+    plans = Study(config(tmp_path))
+    plans.add_making(0, "world")
+    job = plans.jobs[0, "world"]
+    whole = {"commands": job.commands, "cpu_s": [1.0], "wall_s": [2.0]}
+    record = plans.record_path(job)
+    record.parent.mkdir(parents=True)
+    for wrong in ({"cpu_s": None}, {"wall_s": ["x"]}, {"cpu_s": [1.0] * 9}, {"commands": []}, {"commands": None}):
+        record.write_text(json.dumps(whole | wrong))
+        with pytest.raises(UserError, match="jobs/world.json: was made by other commands than today's, or is damaged"):
+            plans.add(job)
+    record.write_text(json.dumps(whole))
+    plans.add(job)
+    assert job.cpu_s == [1.0] and plans.is_done(0, "world")
 
 
 # -- the report --
@@ -315,10 +341,29 @@ def test_the_report_is_made_from_the_lines_alone_and_twice_the_same(tmp_path):
     assert f"| {finding.mean:+.1f} |".replace("-", "−") in text
 
 
+def test_the_report_says_what_it_would_ignore_and_writes_the_page_last(tmp_path):
+    pytest.importorskip("matplotlib")
+    for flag in ("--arms=sft", "--seeds=0", "--jobs=3", "--out_dir=x", "--scale=0.5"):
+        with pytest.raises(UserError, match="here it would be ignored"):
+            study.main(["--report", flag])
+    for flag in ("--page=x.md", "--assets=x"):
+        with pytest.raises(UserError, match="belongs to --report"):
+            study.main([flag])
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(line) + "\n" for line in make_lines()))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="study_findings.svg: cannot be written"):
+        write_report(tmp_path / "raw.jsonl", tmp_path / "page.md", tmp_path / "file")
+    with pytest.raises(UserError, match="a folder, not a file"):
+        write_report(tmp_path / "raw.jsonl", Path(""), tmp_path / "assets")
+    assert sorted(os.listdir(tmp_path)) == ["file", "raw.jsonl"]
+
+
 def test_a_damaged_raw_file_or_page_is_one_line(tmp_path):
     raw, page = tmp_path / "raw.jsonl", tmp_path / "page.md"
     lines = make_lines()[:1]
-    for bad in (lines * 2, [{"arm": "kd"}], [lines[0] | {"arm": "unheard_of"}], ["text"]):
+    for bad in (lines * 2, [{"arm": "kd"}], [lines[0] | {"arm": "unheard_of"}], ["text"], [lines[0] | {"scores": {}}],
+                [lines[0] | {"cpu_s": {}}], [lines[0] | {"flops": "x"}], [lines[0] | {"seed": None}],
+                [lines[0] | {"scores": lines[0]["scores"] | {"kl": math.inf}}]):
         raw.write_text("".join(json.dumps(line) + "\n" for line in bad))
         with pytest.raises(UserError, match="expected a run of a known arm"):
             write_report(raw, page, tmp_path)

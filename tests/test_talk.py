@@ -125,7 +125,7 @@ def test_help_prints_what_a_program_does_and_its_settings(name, monkeypatch, cap
 # -----------------------------------------------------------------------------
 # A row with its mask
 
-def test_data_py_prints_a_row(world, capsys):
+def test_data_py_prints_a_row(world, capsys, tmp_path):
     import data
     row = json.loads((world / "rows.json").read_text())[1]
     data.main([f"{world / 'rows.json'}:1", f"--model={world / 'dense'}"])
@@ -135,6 +135,11 @@ def test_data_py_prints_a_row(world, capsys):
     assert "<image>×4" in said and "4 of them of images" in said and f"images: {row['image']}" in said
     data.main([f"{world / 'pairs.json'}:0", f"--model={world / 'dense'}"])
     assert capsys.readouterr().out.count("supervised, in green") == 2
-    for argv, says in [([], "name a row"), (["a.json"], "name a row"), ([f"{world / 'rows.json'}:99"], "has no row 99")]:
+    wrong = tmp_path / "wrong.json"
+    turn = {"from": "human", "value": "half a character: \ud800"}
+    wrong.write_text(json.dumps([{"id": 7, "conversations": 3}, {"id": 8, "conversations": [turn, turn | {"from": "gpt"}]}]))
+    for argv, says in [([], "name a row"), (["a.json"], "name a row"), ([f"{world / 'rows.json'}:99"], "has no row 99"),
+                       (["a.json:" + "9" * 5000], "name a row"), (["a.json:" + "9" * 20], "name a row"),
+                       ([f"{wrong}:0"], f"{wrong} row 0 id 7: "), ([f"{wrong}:1"], f"{wrong} row 1 id 8: .*surrogate")]:
         with pytest.raises(UserError, match=says):
             data.main([*argv, f"--model={world / 'dense'}"])

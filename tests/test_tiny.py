@@ -6,6 +6,7 @@ The embedded world, checked against itself: the files must say what was drawn, a
 One small world is made for all tests. Rates are measured on scenes alone, without drawing them: that gives enough.
 """
 import base64
+import errno
 import io
 import json
 import random
@@ -415,6 +416,9 @@ def test_finished_parts_stay_and_other_settings_are_refused(world, capsys):
 
 
 @pytest.mark.parametrize("flag, needle", [("--scale=0", "scale is 0.0"), ("--scale=nan", "scale is nan"),
+                                          ("--scale=1e308", "at most 10"), ("--out=scene", "ends in .png"),
+                                          ("--out=", "ends in .png"), ("--out=a.png", "belongs to --draw"),
+                                          ("--models=pd", "belongs to --report"),
                                           ("--part=moon", "part is 'moon'"), ("--seeed=1", "did you mean seed?")])
 def test_bad_flags_end_with_one_line(flag, needle, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tiny", f"--out_dir={tmp_path / 'new'}", flag])
@@ -423,6 +427,38 @@ def test_bad_flags_end_with_one_line(flag, needle, tmp_path, capsys, monkeypatch
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and needle in error
     assert not (tmp_path / "new").exists()
+
+
+def test_a_drawing_replaces_a_file_and_nothing_else(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "link.png").symlink_to("mine.txt")
+    (tmp_path / "folder.png").mkdir()
+    arguments = ["--draw=red bus, label 7", "--seed=3"]
+    for name in ("new/scene.png", "link.png"):
+        tiny.main([*arguments, f"--out={tmp_path / name}"])
+        assert Image.open(tmp_path / name).format == "PNG" and "a red bus and a label with 7" in capsys.readouterr().out
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="folder.png: is a folder"):
+        tiny.main([*arguments, f"--out={tmp_path / 'folder.png'}"])
+
+    def fails(image, path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    before = (tmp_path / "link.png").read_bytes()
+    monkeypatch.setattr(tiny, "save_png", fails)
+    with pytest.raises(UserError, match="link.png: cannot be written"):
+        tiny.main([*arguments, f"--out={tmp_path / 'link.png'}"])
+    assert (tmp_path / "link.png").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("mode, ignored", [
+    ("--draw=red bus", ["--part=world", "--scale=0.5", "--preset=study", "--out_dir=x", "--models=pd"]),
+    ("--report=x", ["--draw=red bus", "--seed=5", "--part=world", "--scale=0.5", "--preset=study", "--out_dir=x",
+                    "--out=a.png"])])
+def test_what_would_be_ignored_is_said(mode, ignored):
+    for flag in ignored:
+        with pytest.raises(UserError, match=f"{flag[2:]}: belongs to .* here it would be ignored"):
+            tiny.main([mode, flag])
 
 
 def test_an_out_dir_that_cannot_be_written_is_named(tmp_path):
@@ -450,6 +486,19 @@ def test_the_report_reads_what_evaluate_has_written(tmp_path, capsys):
     assert lines.count("| teacher | 98.8 | 50.0 | 90.0 | 80.0 | 70.0 | 61.0 | 75.2 | 20.0 | 10.0 | 100.0 |") == 2
     assert lines.count("| *questions* | 3,408 | 3,408 | 15 | 15 | 15 | 15 | 60 | 30 | 30 | 30 |") == 2
     assert "Seconds of each step, two at a time: world 18, vision 26" in lines
+
+    results["objhal"]["chair_i"] = None                              # no caption names an object
+    (tmp_path / "judged/teacher/results.json").write_text(json.dumps(results))
+    tiny.main([f"--report={tmp_path}", "--models=teacher"])
+    assert "| teacher | 98.8 | 50.0 | 90.0 | 80.0 | 70.0 | 61.0 | 75.2 | 20.0 | – | 100.0 |" in capsys.readouterr().out
+    refused = {"rows": 30, "missing": 1, "refused": "1 of 30 questions have no answer"}
+    for wrong in ({"pope": results["pope"]}, results | {"objhal": refused}, results | {"pope": []},
+                  results | {"gqa": {"rows": 60, "by_type": {}}}, results | {"pope": results["pope"] | {"f1": "x"}}):
+        (tmp_path / "judged/pd/results.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="judged/pd/results.json: lacks a number of pope, gqa or objhal"):
+            tiny.main([f"--report={tmp_path}"])
+        assert not capsys.readouterr().out                           # no half of a table
+    (tmp_path / "judged/pd/results.json").write_text(json.dumps(results))
 
     (tmp_path / "judged_unseen/pd/results.json").unlink()
     with pytest.raises(UserError, match="judged_unseen/pd/results.json.*speedrun.sh"):

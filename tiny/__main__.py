@@ -24,8 +24,8 @@ import shutil
 import time
 from pathlib import Path
 
-from configurator import POSITIVE, UserError, check_uses, check_values, load_config, run
-from engine.files import claim, disk_errors, read_json, release, write_json
+from configurator import Config, UserError, check_uses, check_values, load_config, run
+from engine.files import atomic, claim, disk_errors, lock, read_json, release, write_json
 from tiny.benchmarks import write_benchmarks
 from tiny.language import caption
 from tiny.pretrain import make_language_model, make_vision
@@ -55,57 +55,76 @@ SIZES = {                # scenes
     "pope": 320, "gqa": 300, "objhal": 300,
     "unseen": 200,       # of each benchmark, in the drawing style that is kept out of training
 }
+SCALE = ("a positive number, at most 10", lambda scale: 0 < scale <= 10)
 
 
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
-    check_values(config, {"part": ["all", *PARTS], "scale": POSITIVE, "preset": ["", *TEST_SPLIT]})
-    check_values(config, {"style": ["plain", "unseen"]})
-    check_uses(config, DEFAULTS, [(["models"], config.report, "--report"), (["style", "out"], config.draw, "--draw")])
+    check_values(config, {"part": ["all", *PARTS], "scale": SCALE, "preset": ["", *TEST_SPLIT], "style": ["plain", "unseen"],
+                          "out": ("a name that ends in .png", lambda out: out.endswith(".png"))})
+    makes_parts = not config.report and not config.draw
+    check_uses(config, DEFAULTS, [
+        (["draw"], not config.report, "runs without --report"),
+        (["models"], config.report, "--report"),
+        (["style", "out"], config.draw, "--draw"),
+        (["seed"], not config.report, "--draw and the making of a world"),
+        (["out_dir", "part", "scale", "preset"], makes_parts, "the making of a world")])
     if config.report:
         print_report(Path(config.report), config.models)
-        return
-    if config.draw:
-        rng = random.Random(config.seed)
-        scene = parse_scene(config.draw, rng)
-        with disk_errors(Path(config.out)):
-            save_png(draw_scene(scene, rng, config.style), Path(config.out))
-        print(f"{config.out}: {caption(scene)}")
-        return
-    for part in PARTS if config.part == "all" else [config.part]:
-        make(part, Path(config.out_dir), config.seed, config.scale, config.preset)
+    elif config.draw:
+        draw(config)
+    else:
+        for part in PARTS if config.part == "all" else [config.part]:
+            make(part, Path(config.out_dir), config.seed, config.scale, config.preset)
+
+
+def draw(config: Config) -> None:
+    rng = random.Random(config.seed)
+    scene = parse_scene(config.draw, rng)
+    with atomic(config.out) as tmp:
+        save_png(draw_scene(scene, rng, config.style), tmp)
+    print(f"{config.out}: {caption(scene)}")
 
 
 def make(part: str, out_dir: Path, seed: int = 0, scale: float = 1.0, preset: str = "") -> None:
     """Make one part, unless it is there already.
 
-    out_dir/PART.json, written last, records how it was made, how long it took and how good it is.
+    out_dir/PART.json, written last, records how it was made, how long it took and how good it is. Other parts may be
+    made there at the same time; a process that makes the same one is waited for.
     """
     record, settings = out_dir / f"{part}.json", {"seed": seed, "scale": scale}
     if preset and part == "world":
         settings["preset"] = preset                              # the base models are the same in every world
-    if record.is_file():
-        found = read_json(record, hint=f"delete {out_dir}")
-        for key in ("seed", "scale", "preset"):
-            if found.get(key) != settings.get(key):
-                raise UserError(f"{record}: {part} was made with {key}={found.get(key)}, this run has "
-                                f"{key}={settings.get(key)}; delete {out_dir} or choose another --out_dir")
-        print(f"{part}: made earlier, nothing to do")
+    if made_earlier(part, record, settings):
         return
-    claim(out_dir, OWNER, wait=True)                                 # other parts may be made there at the same time
+    claim(out_dir, OWNER, wait=True)
     release(out_dir)
-
-    start = time.time()
-    with disk_errors(out_dir):
+    with lock(out_dir / f"{part}.lock", wait=True), disk_errors(out_dir):
+        if made_earlier(part, record, settings):                     # while this process waited
+            return
+        start = time.time()
         if part == "world":
             result = make_world(out_dir, seed, scale, preset)
         elif part == "vision":
             result = make_vision(out_dir, seed, scale)
         else:
             result = make_language_model(part, out_dir, seed, scale)
-    result = {"part": part, **settings, **result, "seconds": round(time.time() - start, 1)}
-    write_json(record, result)
+        result = {"part": part, **settings, **result, "seconds": round(time.time() - start, 1)}
+        write_json(record, result)
     print(f"{part}: " + ", ".join(f"{key} {value}" for key, value in result.items() if key != "part"))
+
+
+def made_earlier(part: str, record: Path, settings: dict) -> bool:
+    """Is the part there? UserError if it was made with other settings."""
+    if not record.exists():
+        return False
+    found = read_json(record, hint=f"delete {record.parent}")
+    for key in ("seed", "scale", "preset"):
+        if found.get(key) != settings.get(key):
+            raise UserError(f"{record}: {part} was made with {key}={found.get(key)}, this run has "
+                            f"{key}={settings.get(key)}; delete {record.parent} or choose another --out_dir")
+    print(f"{part}: made earlier, nothing to do")
+    return True
 
 
 def make_world(out_dir: Path, seed: int, scale: float, preset: str = "") -> dict:

@@ -10,7 +10,6 @@ Pictures of a run: does the loss fall, does every expert get tokens, what do the
 The picture goes to COMMAND.png in the current folder, or to --out=NAME.png or --out=NAME.svg. Drawing needs matplotlib,
 which nothing else here does: pip install matplotlib.
 """
-import base64
 import io
 import itertools
 import math
@@ -21,8 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configurator import POSITIVE, UserError, check_values, expected, load_config, run
-from data import render, transform_image
+from benchmarks.common import decode_base64, need
+from configurator import POSITIVE, UserError, check_uses, check_values, expected, load_config, run
+from data import load_image, render, transform_image
 from engine.files import atomic, parse_json, read_json, read_rows, read_text
 from model import Llava
 from tiny.scene import PARTNERS
@@ -78,14 +78,15 @@ def read_log(path: str) -> list[dict]:
     records = [parse_json(line, f"{file} line {i}") for i, line in enumerate(lines[:-1], start=1) if line.strip()]
     for i, record in enumerate(records, start=1):
         if not isinstance(record, dict) or not all(is_number(record.get(key)) for key in ("step", "loss")):
-            raise expected(f"{file} record {i}", record, "a record of train.py with step and loss")
+            raise expected(f"{file} record {i}", record, "a record of train.py with step and loss, two finite numbers")
     if not records:
         raise UserError(f"{file}: is empty; wait until the run has made its first step")
     return records
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A finite one, with room for arithmetic."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def run_names(paths: list[str]) -> list[str]:
@@ -106,7 +107,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def differs(log: list[dict], part: str) -> bool:
     """Is this part not the whole loss? In align and sft, ce is, and needs no panel of its own."""
-    return any(part in record and not math.isclose(record[part], record["loss"], rel_tol=1e-4) for record in log)
+    return any(is_number(record.get(part)) and not math.isclose(record[part], record["loss"], rel_tol=1e-4)
+               for record in log)
 
 
 def draw_curves(paths: list[str]):
@@ -159,10 +161,13 @@ def expert_shares(path: str, last: int) -> np.ndarray:
     if not records:
         raise UserError(f"{path}: is the log of a dense model, without image_load; give a run of d2s or pd")
     try:
-        return np.array([[record["image_load"], record["text_load"]] for record in records], dtype=float).mean(0)
-    except (ValueError, KeyError, TypeError):
+        shares = np.array([[record["image_load"], record["text_load"]] for record in records], dtype=float).mean(0)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        shares = np.array([])
+    if shares.ndim != 3 or not shares.size or not np.isfinite(shares).all():
         raise UserError(f"{path}: expected image_load and text_load as lists of layers x experts, of one size in every "
-                        "record") from None
+                        "record")
+    return shares
 
 
 def draw_experts(paths: list[str], last: int):
@@ -216,7 +221,7 @@ def read_scenes(folder: Path, count: int) -> list[dict]:
     notes = read_json(objhal / "annotations" / "captions_val2014.json")["annotations"]
     truth = {note["image_id"]: phrases(note["caption"]) for note in notes}
     scenes = {}
-    for _, row in read_rows(objhal / "obj_halbench_300_with_image.jsonl"):
+    for where, row in read_rows(objhal / "obj_halbench_300_with_image.jsonl"):
         true = truth[row["image_id"]]
         things = [thing(phrase) for phrase in true]
         trigger = next((one for one in things if one in partners), None)
@@ -224,8 +229,13 @@ def read_scenes(folder: Path, count: int) -> list[dict]:
             continue
         i = things.index(trigger)
         phantom = f"{' '.join(true[i].split()[:2])} {partners[trigger]}"     # in the color of its trigger
-        scenes[trigger] = {"image": Image.open(io.BytesIO(base64.b64decode(row["image"]))).convert("RGB"),
-                           "prompt": row["question"], "true": true, "biased": [*true[:i + 1], phantom, *true[i + 1:]]}
+        picture = io.BytesIO(decode_base64(need(row, "image", str, where), where))
+        try:
+            image = load_image(picture)
+        except UserError:
+            raise UserError(f"{where}: the base64 is not a readable image; replace the file") from None
+        scenes[trigger] = {"image": image, "prompt": need(row, "question", str, where), "true": true,
+                           "biased": [*true[:i + 1], phantom, *true[i + 1:]]}
     if not scenes:
         raise UserError(f"{objhal}: holds no scene with a missing partner; make a larger world")
     return list(scenes.values())[:count]
@@ -359,6 +369,7 @@ def main(argv: list[str]) -> None:
         raise expected("command", command, f"one of {', '.join(wanted)}")
     if bool(paths) == (command == "pipeline") or (command == "scenes" and len(paths) > 1):
         raise expected(f"{command}: what to draw", " ".join(paths), wanted[command])
+    check_uses(config, DEFAULTS, [(["models"], command == "scenes", "scenes"), (["last"], command == "experts", "experts")])
     out = Path(config.out or f"{command}.png")
     if out.suffix not in (".png", ".svg"):
         raise expected("--out", config.out, "a name that ends in .png or .svg")

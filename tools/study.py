@@ -19,6 +19,7 @@ training (docs/study.md). OUT_DIR/seed_N/jobs/NAME.json says what is done and ho
 import ctypes
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -38,7 +39,7 @@ import evaluate
 import tiny.__main__
 import tools.answer
 import train
-from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
+from configurator import NON_NEGATIVE, Config, UserError, check_uses, check_values, load_config, run, spell
 from data import collate
 from engine.files import claim, atomic, read_json, read_rows, write_json
 from engine.index import InstructionData
@@ -48,8 +49,9 @@ from tiny.benchmarks import GQA_TYPES
 from tiny.rows import chosen_rows, write_rows
 from tiny.study import better_answers, read_scenes
 from tools import plan
+from tools.look import is_number
 from tools.study_arms import ARMS, DATA_MAKERS, SHARED
-from tools.study_report import write_report
+from tools.study_report import require_line, write_report
 
 DEFAULTS = dict(
     arms="",                    # names with commas; empty: all
@@ -65,6 +67,7 @@ DEFAULTS = dict(
 WARM_STEPS = [450, 600, 800, 1100, 1500]
 WARM_ACCURACY = 70.0            # percent of the check set's yes/no questions; chance is 50. The last run counts in any case
 TUNING = 100                    # seeds from here on are judged on validation scenes
+MAX_SEEDS = 1000                # in one command
 ROOT = Path(__file__).resolve().parents[1]
 IN_WORLD = {"world": "", "vision": "base/vision", "llm_teacher": "base/llm_teacher", "llm_student": "base/llm_student"}
 JUDGES = "--benchmark=pope,gqa,objhal --batch_size=256 --max_new_tokens=40 --device=cpu"
@@ -74,13 +77,16 @@ PRELOADED = (evaluate, tiny.__main__, tools.answer, train)        # forked copie
 
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
-    check_values(config, {"jobs": NON_NEGATIVE, "scale": POSITIVE})
+    check_values(config, {"jobs": NON_NEGATIVE, "scale": tiny.__main__.SCALE})
+    check_uses(config, DEFAULTS, [
+        (["arms", "seeds", "jobs", "out_dir", "scale"], not config.report, "runs without --report"),
+        (["page", "assets"], config.report, "--report")])
     if config.report:
         return write_report(Path(config.results), Path(config.page), Path(config.assets))
     config.jobs = config.jobs or count_cores()
-    study = Study(config)
+    study, chosen = Study(config), chosen_runs(config)
     claim(config.out_dir, "python -m tools.study")
-    wanted = [(seed, arm) for seed, arm in chosen_runs(config) if (arm, seed) not in study.lines]
+    wanted = [(seed, arm) for seed, arm in chosen if (arm, seed) not in study.lines]
     for seed, arm in wanted:
         study.add_judging(seed, arm)
     print(f"{len(wanted)} runs to do, {len(study.lines)} are in {config.results}; {config.jobs} at a time", flush=True)
@@ -109,10 +115,12 @@ def parse_seeds(text: str) -> list[int]:
     """ "0-2,100" -> [0, 1, 2, 100] """
     seeds = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or dash and not last.isdigit():
-            raise UserError(f"--seeds: found {text!r}, expected numbers and ranges, such as 0-9 or 0,1,100-102")
-        seeds += range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        new = range(int(found[1]), int(found[2] or found[1]) + 1) if found else []
+        if not new or len(seeds) + len(new) > MAX_SEEDS:
+            raise UserError(f"--seeds: found {spell(text)}, expected numbers and ranges, such as 0-9 or 0,1,100-102, of at "
+                            f"most {MAX_SEEDS:,} seeds")
+        seeds += new
     return seeds
 
 
@@ -222,10 +230,13 @@ class Study:
         record = self.record_path(job)
         if record.is_file():
             found = read_json(record)
-            if found["commands"] != job.commands:
-                raise UserError(f"{record}: was made by other commands than today's; choose another --out_dir, or delete "
-                                f"{self.seed_dir(job.seed)}")
-            job.cpu_s, job.wall_s = found["cpu_s"], found["wall_s"]
+            times = [found.get(key) for key in ("cpu_s", "wall_s")]
+            whole = all(isinstance(some, list) and len(some) <= len(job.commands) and all(map(is_number, some))
+                        for some in times)
+            if not whole or found.get("commands") != job.commands:
+                raise UserError(f"{record}: was made by other commands than today's, or is damaged; choose another "
+                                f"--out_dir, or delete {self.seed_dir(job.seed)}")
+            job.cpu_s, job.wall_s = times
         self.jobs[job.seed, job.name] = job
 
     def record_path(self, job: Job) -> Path:
@@ -407,8 +418,9 @@ def settings(arm: str, config: Config) -> dict:
 def read_lines(config: Config) -> dict[tuple[str, int], dict]:
     """{(arm, seed): its line of the results}."""
     lines = {}
-    for where, line in read_rows(config.results) if Path(config.results).is_file() else []:
-        if line["arm"] not in ARMS or line["settings"] != settings(line["arm"], config):
+    for where, line in read_rows(config.results) if Path(config.results).exists() else []:
+        require_line(where, line, lines)
+        if line.get("settings") != settings(line["arm"], config):
             raise UserError(f"{where}: arm {line['arm']} was run with other settings than today's; choose another "
                             "--results, or remove the line to run it again")
         lines[line["arm"], line["seed"]] = line

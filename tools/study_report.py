@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from engine.files import read_rows, read_text, write_text
+from tools.look import BLUE, GRAY, ORANGE, RED, is_number, new_figure, save
 from tools.study_arms import ARMS, DATA_CURVE, QUESTIONS, Claim
 
 BEGIN, END = "<!-- made by python -m tools.study --report: begin -->", "<!-- end -->"
@@ -96,15 +97,22 @@ def read_results(path: Path) -> Lines:
     """{(arm, seed): line}, of counted and of tuning seeds."""
     lines = {}
     for where, line in read_rows(path, hint="run python -m tools.study first"):
-        try:
-            known = line["arm"] in ARMS and {"scores", "flops", "cpu_s"} <= line.keys()
-            key = line["arm"], line["seed"]
-        except (KeyError, TypeError):
-            known = False
-        if not known or key in lines:
-            raise UserError(f"{where}: expected a run of a known arm, with each arm and seed once; restore the file")
-        lines[key] = line
+        require_line(where, line, lines)
+        lines[line["arm"], line["seed"]] = line
     return lines
+
+
+def require_line(where: str, line: object, others: Lines) -> None:
+    """UserError unless it is a whole line, of a known arm, and none of `others` has its arm and seed."""
+    try:
+        scores, cpu_s = line["scores"], line["cpu_s"]
+        numbers = [line["seed"], line["flops"], cpu_s["training"], cpu_s["judging"], *cpu_s["shared"].values()]
+        numbers += [scores[name] for name in LABELS if name == "score" or scores[name] is not None]     # None: over nothing
+        fits = line["arm"] in ARMS and all(map(is_number, numbers)) and (line["arm"], line["seed"]) not in others
+    except (LookupError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{where}: expected a run of a known arm, with each arm and seed once; restore the file")
 
 
 def compare(question: list[Claim], lines: Lines, seeds: range) -> list[Finding]:
@@ -137,13 +145,13 @@ def write_report(results: Path, page: Path, assets: Path) -> None:
     findings = {title: some for title, some in findings.items() if some}
     body = "\n\n".join([tuning_table(tuning), summary(lines), operating_point(lines), *question_tables(findings, lines),
                         arms_table(lines), undecided(findings), compute(lines)])
-    text = read_text(page) if page.is_file() else f"# The study\n\n{BEGIN}\n{END}\n"
+    text = read_text(page) if page.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{page}: lacks the line {BEGIN!r} or, after it, {END!r}; restore them")
-    write_text(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
     draw(findings, lines, assets)
+    write_text(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
     print(f"{page}: {len(lines)} counted runs, {len(tuning)} for tuning")
 
 
@@ -260,7 +268,7 @@ def values(lines: Lines, arm: str, metric: str) -> list[float]:
 
 def spread(lines: Lines, arm: str, metric: str) -> str:
     some, digits = values(lines, arm, metric), 3 if metric in IN_NATS else 1
-    return f"{mean(some):.{digits}f}" + (f" ± {stdev(some):.{digits}f}" if len(some) > 1 else "")
+    return (f"{mean(some):.{digits}f}" if some else "–") + (f" ± {stdev(some):.{digits}f}" if len(some) > 1 else "")
 
 
 def number(value: float, metric: str) -> str:
@@ -277,8 +285,6 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 # The figures
 
 def draw(findings: dict[str, list[Finding]], lines: Lines, assets: Path) -> None:
-    from tools.look import BLUE, GRAY, ORANGE, RED, new_figure, save     # matplotlib only here
-
     colors = {"reproduced": BLUE, "opposite": RED, "undecided": GRAY, "higher": ORANGE, "lower": ORANGE}
     rows = []                                                  # (label, finding or None for a title), from the top
     for title, some in findings.items():

@@ -4,10 +4,12 @@ Nothing is overwritten or removed that the program did not write: who owns a fol
     python -m pytest tests/robustness/test_ownership.py
 """
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from configurator import UserError
 from engine import files, resume
 from engine.files import atomic, check_owner, claim, digest_of_folder, release
 from engine.teacher_cache import OWNER, TeacherCache
-from processes import FORK, ROOT, ended, start
+from processes import FORK, ROOT, ended, script, start
 from test_train import flags
 
 
@@ -164,6 +166,22 @@ def test_parts_of_a_world_may_be_made_at_once(tmp_path):
     for i in range(20):
         assert sorted(os.listdir(tmp_path / str(i))) == ["lock", *[f"part{rank}" for rank in range(4)]]
         assert (tmp_path / str(i) / "lock").read_text() == "python -m tiny\n"
+
+
+@pytest.mark.parametrize("seeds, codes", [((0, 1), [0, 2]), ((3, 3), [0, 0])])
+def test_one_world_is_made_once(tmp_path, seeds, codes):
+    """Two processes make the same part at once: the second waits, and then looks at what the first has made."""
+    commands = [[f"--out_dir={tmp_path}", "--part=world", "--scale=0.01", f"--seed={seed}"] for seed in seeds]
+    ranks = start(2, script("tiny/__main__.py", *commands))
+    found, errors = ended(ranks)
+    assert sorted(found) == codes, errors
+    record = json.loads((tmp_path / "world.json").read_text())
+    assert record["seed"] == seeds[found.index(0)] and ("was made with seed=" in "".join(errors)) == (2 in codes)
+    said = "".join(Path(rank.output.name).read_text() for rank in ranks)
+    assert said.count("seconds") == 1 and not (tmp_path / "world.tmp").exists()
+    tiny.main([f"--out_dir={tmp_path / 'alone'}", "--part=world", "--scale=0.01", f"--seed={record['seed']}"])
+    for name in ("train/teacher.json", "bench/scenes.jsonl"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

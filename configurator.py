@@ -322,6 +322,9 @@ POSITIVE = ("a positive number", lambda x: 0 < x < math.inf)
 NON_NEGATIVE = ("a non-negative number", lambda x: 0 <= x < math.inf)
 FRACTION = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
 BELOW_ONE = ("a number from 0 to below 1", lambda x: 0 <= x < 1)
+# Logits are divided by a temperature; outside of these bounds the quotient, or its square, may be no number any more.
+TEMPERATURE = ("a positive number from 0.001 to 1000", lambda x: 0.001 <= x <= 1000)
+GREEDY_OR_TEMPERATURE = ("a non-negative number: 0, or from 0.001 to 1000", lambda x: x == 0 or 0.001 <= x <= 1000)
 
 
 def check_values(config: Config, allowed: dict[str, list | tuple]) -> None:

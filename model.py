@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configurator import require_memory
+from configurator import UserError, require_memory
 from moe import Routing, SparseFFN
 
 
@@ -549,6 +549,9 @@ class Llava(nn.Module):
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for i in range(max_new_tokens):
             logits = self.decoder.head(hidden).float()                                        # (B, V)
+            if i == 0 and not bool(logits.isfinite().all()):         # else noise, like any other answer
+                raise UserError(f"the model's logits are NaN or infinite in {hidden.dtype}: use a dtype of a larger range, "
+                                "or the checkpoint of a run that did not diverge")
             if len(banned):
                 logits[:, banned] = -torch.inf
             token = sample_token(logits, temperature, None if uniforms is None else uniforms[:, i])      # (B,)

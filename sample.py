@@ -6,8 +6,8 @@ Talk to a checkpoint about an image.
 
 Text appears as it is generated. Without --image the conversation is about text alone.
 """
-from configurator import NON_NEGATIVE, POSITIVE, UserError, check_values, load_config, run     # first: from here on, Ctrl-C
-                                                                                               # ends in one line
+from configurator import GREEDY_OR_TEMPERATURE, POSITIVE, UserError, check_values, load_config, run     # first: from here
+                                                                                               # on, Ctrl-C ends in one line
 
 import sys
 from os.path import commonprefix
@@ -59,7 +59,7 @@ def answer(llava: Llava, conversation: list[dict], pixel_values: torch.Tensor | 
 
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
-    check_values(config, {"max_new_tokens": POSITIVE, "temperature": NON_NEGATIVE, "device": ["", "cpu", "cuda"]})
+    check_values(config, {"max_new_tokens": POSITIVE, "temperature": GREEDY_OR_TEMPERATURE, "device": ["", "cpu", "cuda"]})
     if not config.model:
         raise UserError("model is empty, expected a LLaVA folder: --model=out/tiny/pd")
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -446,7 +446,10 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         # Count the global batch before the first forward pass; the ranks' votes to stop travel with the counts.
         answers = {"answers": 0, "answer_tokens": 0, "unfinished": 0}
         if is_on_policy(config, step) and micro_batches:
-            micro_batches, answers = sample_step(run, micro_batches, step)
+            try:
+                micro_batches, answers = sample_step(run, micro_batches, step)
+            except UserError as error:                               # a vote to stop, as of data that cannot be read
+                stop.error, micro_batches = error, []
         generation = time.time() - step_began
         total = dist.sum_counts(count_batch(micro_batches, config) | answers | stop.votes())
         if any(total[vote] for vote in stop.votes()):

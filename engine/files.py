@@ -139,6 +139,9 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
     """
     folder = Path(folder)
     with disk_errors(folder):
+        nearest = next(filter(os.path.lexists, (folder, *folder.parents)), folder)
+        if not nearest.is_dir():                                     # a file, or a link to nothing
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not folder.exists():
             return
         refuse_inputs(folder, inputs or {})

@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError, expected, reading, require_memory, shorten, user_file
-from data import CLIP_MEAN, CLIP_STD, TEMPLATES
+from data import CLIP_MEAN, CLIP_STD, TEMPLATES, render
 from data import IMAGE as IMAGE_TOKEN
 from engine.files import atomic, read_json, read_text, sync, write_json, write_text
 from model import Adaptor, DecoderConfig, Llava, LlavaConfig, VisionConfig
@@ -415,12 +415,33 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def require_tokenizer(llava: Llava, folder: str | Path) -> None:
-    """Raise UserError if the folder lacks what turns a conversation into ids."""
+    """Raise UserError if the folder lacks what turns a conversation into ids, and ids into an answer that ends."""
     if llava.tokenizer is None:
         raise UserError(f"{folder}: has no tokenizer.json; add the one that the model was trained with")
     if llava.config.template is None:
         raise UserError(f"{folder}: config.json does not say which template the model was trained with; add "
                         '"template": "vicuna" or "chatml"')
+    config, tokenizer, path = llava.config, llava.tokenizer, Path(folder) / "tokenizer.json"
+    end = TEMPLATES[config.template]["end"]
+    end_id = tokenizer.token_to_id(end)
+    try:
+        turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": ""}]
+        ids, mask = render(turns, tokenizer, config.template, image_tokens=2)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    answer = [token for token, supervised in zip(ids, mask) if supervised]
+    for token, found in ((IMAGE_TOKEN, ids.count(config.image_token_id) == 2), (end, answer[-1:] == [end_id])):
+        if not found:
+            raise UserError(f'{path}: reads {token} in a text as other tokens; add it to its "added_tokens"')
+    special = [token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special]
+    for token in (end_id, config.pad_token_id):                      # both follow an answer, and are no part of its text
+        name = None if token is None else tokenizer.id_to_token(token)
+        if name is not None and token not in special:
+            raise UserError(f'{path}: {name} would stay in the text of answers; say "special": true of it in "added_tokens"')
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end_id not in ends:
+        raise UserError(f"{folder}: eos_token_id is {config.eos_token_id}, and answers of template {config.template} end "
+                        f"with {end}, id {end_id}; correct one of the two in generation_config.json and config.json")
 
 
 # -----------------------------------------------------------------------------

@@ -153,17 +153,18 @@ def malformed(path, text, at, problem, line=1):
 
 # A row is usable if max_length is at least min_length: an instruction row then keeps all its image tokens and at least
 # one supervised token, a pair everything. min_length = 0: no answer, so nothing is supervised at any length. WRONG: the
-# row is wrong, and is left out (skip_bad_rows).
+# row is wrong, and is left out (skip_bad_rows). EQUAL: a pair of two equal answers.
 ROW = np.dtype([("offset", "<i8"), ("size", "<i4"),  # of the row's JSON in the file, in bytes
                 ("tokens", "<i4"),  # of the whole row, image tokens included; for a pair, of its longer side
                 ("min_length", "<i4")])
-WRONG = -1
-INDEX_VERSION = 3  # raise it when these numbers are computed differently: all indexes are then built again
+WRONG, EQUAL = -1, -2
+INDEX_VERSION = 4  # raise it when these numbers are computed differently: all indexes are then built again
 
 
 def open_index(path: str, settings: dict, measure_row: Callable, skip_bad_rows: bool = False) -> tuple[np.ndarray, dict]:
     """
-    The index of a data file -> (its rows, what it says about the file: size, time, SHA-256, and its wrong rows).
+    The index of a data file -> (its rows, what it says about the file: size, time, SHA-256, a digest of the sizes of its
+    images, and its wrong rows).
 
     It is FILE.<8 hex digits>.index. The digits are a digest of `settings`, on which the numbers depend: tokenizer,
     template, ... (not max_length, which is compared with min_length). A changed data file is indexed again.
@@ -186,13 +187,13 @@ def open_index(path: str, settings: dict, measure_row: Callable, skip_bad_rows: 
     hint = "make the folder writable, or copy the data file into one that is"
     with atomic(index, note=hint, unique=True) as tmp:  # two machines may build the same index at once
         tmp.touch()  # where no index can be written, stop now and not after the last row
-        wrong = []
-        rows = np.fromiter(measure_rows(path, measure_row, wrong), ROW)
+        wrong, images = [], {}
+        rows = np.fromiter(measure_rows(path, measure_row, wrong, images), ROW)
         if wrong and not skip_bad_rows:
             raise UserError(told(path, wrong))
         if wrong:
             about["wrong"] = wrong
-        about["sha256"] = sha256_of_file(path)
+        about |= {"sha256": sha256_of_file(path), "images": digest(sorted(images.items()))}
         if not mtime_size(path).items() <= about.items():
             raise UserError(f"{path}: changed while it was being indexed; start again when it is complete")
         save_index(tmp, rows, about)
@@ -214,10 +215,9 @@ def load_index(path):
     return np.frombuffer(body, ROW), about
 
 
-def measure_rows(path, measure_row, wrong):
-    """Yield a ROW for each row of a data file, and report the progress every few seconds. wrong: a list for the wrong rows,
-    [number, what is wrong]."""
-    images = set()                                                   # known to exist
+def measure_rows(path, measure_row, wrong, images):
+    """Yield a ROW for each row of a data file, and report the progress every few seconds. Fills `wrong`, a list of the wrong
+    rows, [number, what is wrong], and `images`, {name: size in bytes}."""
     file_size, start, reported = os.path.getsize(path), time.time(), time.time()
     for number, (offset, size, raw) in enumerate(read_rows(path, lenient=True)):
         try:
@@ -271,7 +271,8 @@ class RowData(torch.utils.data.Dataset):
 
     lengths      tokens of each row, image tokens included; for a pair, of its longer side
     sources      [(first row, last row + 1, weight)] of each file, for the Sampler
-    fingerprint  equal for two datasets with the same file contents, the same rows kept, tokenized in the same way
+    fingerprint  equal for two datasets with the same file contents and images of the same sizes in bytes, the same rows
+                 kept, tokenized in the same way
     """
     parse: Callable    # a raw row -> (image names, conversations), from data.py
     can_be_cut: bool   # whether a row longer than max_length is cut; if not, it is dropped
@@ -290,7 +291,8 @@ class RowData(torch.utils.data.Dataset):
         self.wrong = [{"file": path, "row": number, "error": error} for path, about in zip(self.paths, self.abouts)
                       for number, error in about.get("wrong", [])]
         left_out = [[i, number] for i, about in enumerate(self.abouts) for number, _ in about.get("wrong", [])]
-        self.fingerprint = digest([settings, max_length, [about["sha256"] for about in self.abouts], *[left_out] * bool(left_out)])
+        contents = [[about["sha256"], about["images"]] for about in self.abouts]
+        self.fingerprint = digest([settings, max_length, contents, *[left_out] * bool(left_out)])
 
         self.index = np.concatenate(indexes)
         self.starts = np.cumsum([0, *map(len, indexes)])  # where each file begins in it
@@ -302,7 +304,8 @@ class RowData(torch.utils.data.Dataset):
     def usable_rows(self):
         """The numbers of the rows that can be used at max_length; sets `notes`."""
         no_answer, too_long = self.index["min_length"] == 0, self.index["min_length"] > self.max_length
-        usable = ~(no_answer | too_long | (self.index["min_length"] == WRONG))
+        equal = self.index["min_length"] == EQUAL
+        usable = ~(no_answer | too_long | equal | (self.index["min_length"] == WRONG))
         cut = usable & (self.index["tokens"] > self.max_length)
         self.notes = []
         if self.wrong:
@@ -316,6 +319,9 @@ class RowData(torch.utils.data.Dataset):
         if no_answer.any():
             self.notes.append(f"{no_answer.sum():,} of {len(cut):,} rows have no answer to train on and are dropped "
                               f"(first: {self.name(np.argmax(no_answer))})")
+        if equal.any():
+            self.notes.append(f"{equal.sum():,} of {len(cut):,} pairs have two equal answers, which teach nothing, and are "
+                              f"dropped (first: {self.name(np.argmax(equal))})")
         if not usable.any():
             reason = "; ".join(self.notes) or "the files are empty"
             raise UserError(f"{', '.join(self.paths)}: no row left to train on: {reason}")
@@ -327,9 +333,15 @@ class RowData(torch.utils.data.Dataset):
         tokens, min_lengths = zip(*[measure(conversation, self.tokenizer, self.template, self.image_tokens)
                                     for conversation in conversations])
         for name in names:  # whether an image can be decoded shows when it is read
-            require_image(os.path.join(self.image_dir, name), images)
+            if name not in images:
+                path = os.path.join(self.image_dir, name)
+                require_image(path, set())
+                images[name] = os.path.getsize(path)
         if 0 in min_lengths:
             return max(tokens), 0
+        texts = [[turn["value"] for turn in conversation] for conversation in conversations]
+        if len(texts) == 2 and texts[0] == texts[1]:
+            return max(tokens), EQUAL
         return max(tokens), max(min_lengths if self.can_be_cut else tokens)
 
     def held_out(self, count: int) -> np.ndarray:

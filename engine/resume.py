@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from configurator import Config, Stopped, UserError, discard_output
-from engine.files import atomic, check_owner, claim, disk_errors, read_json, sync, write_json, write_text
+from engine.files import atomic, check_owner, claim, disk_errors, read_json, read_text, sync, write_json, write_text
 from model import Llava
 
 OWNER = "train.py"
@@ -246,11 +246,11 @@ def finish(out_dir: Path) -> None:
 
 
 def first_losses(out_dir: Path, count: int) -> list[float]:
-    """Of the first steps in the log."""
+    """Of the first steps in the log; a record without one, which a user has edited, is skipped."""
     path = out_dir / "log.jsonl"
-    with disk_errors(path):
-        lines = path.read_text().splitlines()[:count] if path.is_file() else []
-    return [json.loads(line)["loss"] for line in lines]
+    lines = read_text(path).split("\n")[:count] if path.is_file() else []
+    losses = [json.loads(line).get("loss") for line in lines if line]
+    return [loss for loss in losses if isinstance(loss, float)]
 
 
 def append_log(out_dir: Path, record: dict) -> None:

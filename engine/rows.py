@@ -11,6 +11,11 @@ import re
 from configurator import UserError, shorten
 from data import IMAGE, as_text, check_turns
 
+MEDIA_KEY = re.compile("image|img|picture|photo|video|audio|^media$|^frames?$", re.IGNORECASE)     # of what a row shows
+FILE_KEY = re.compile("file|path|url", re.IGNORECASE)                # of any file, a picture or not
+PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?)\b", re.IGNORECASE)
+IMAGE_TAG = re.compile(r"<img>\s*\S+?\s*</img>")                    # Qwen-VL's
+
 
 def parse_instruction(raw: object) -> tuple[list[str], list[list[dict]]]:
     """
@@ -32,21 +37,50 @@ def llava_row(raw: object) -> object:
     """
     if not isinstance(raw, dict):
         return raw
+    for key in ("system", "system_prompt"):
+        if raw.get(key):
+            raise UserError(f'"{key}" is {shorten(raw[key])}, and the template has its own system text; put this one in '
+                            'front of the first question, or remove it')
+    refuse_two(raw, "conversations", "messages", llava_turns)
     if "messages" in raw and "conversations" not in raw:
         raw = {"conversations" if key == "messages" else key: value for key, value in raw.items()}
         if "images" in raw and not raw.get("image"):
             raw["image"] = raw.pop("images")
-    return raw | {key: [llava_turn(turn) for turn in raw[key]]
-                  for key in ("conversations", "chosen", "rejected") if isinstance(raw.get(key), list)}
+    return raw | {key: llava_turns(raw[key]) for key in ("conversations", "chosen", "rejected") if key in raw}
+
+
+def llava_turns(turns):
+    return [llava_turn(turn) for turn in turns] if isinstance(turns, list) else turns
 
 
 def llava_turn(turn):
-    if not isinstance(turn, dict) or turn.get("from") in ("human", "gpt"):
+    if not isinstance(turn, dict):
         return turn
-    speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if isinstance(value, list):
-        value = "".join(text_of_part(part) for part in value)
-    return {"from": {"user": "human", "assistant": "gpt"}.get(speaker, speaker) if isinstance(speaker, str) else speaker, "value": value}
+    refuse_two(turn, "from", "role", llava_speaker)
+    refuse_two(turn, "value", "content", llava_text)
+    speaker = llava_speaker(turn.get("from", turn.get("role")))
+    for key in ("loss", "train", "weight"):
+        if speaker == "gpt" and isinstance(turn.get(key), (bool, int, float)) and turn[key] != 1:
+            raise UserError(f'found "{key}": {shorten(turn[key])} in a turn, but all answers are trained on alike; remove '
+                            'it, or end the row before that turn')
+    if turn.get("from") in ("human", "gpt"):
+        return turn
+    return {"from": speaker, "value": llava_text(turn.get("value", turn.get("content")))}
+
+
+def llava_speaker(name):
+    return {"user": "human", "assistant": "gpt"}.get(name, name) if isinstance(name, str) else name
+
+
+def llava_text(content):
+    return "".join(text_of_part(part) for part in content) if isinstance(content, list) else content
+
+
+def refuse_two(found, first, second, read):
+    """UserError if both keys are there and say different things, as `read` reads them: one would be ignored."""
+    if found.get(first) is not None and found.get(second) is not None and read(found[first]) != read(found[second]):
+        raise UserError(f'"{first}" is {shorten(found[first])} and "{second}" is {shorten(found[second])}, expected only '
+                        'one of them')
 
 
 def text_of_part(part):
@@ -79,7 +113,18 @@ def parse_pair(raw: object) -> tuple[list[str], list[list[dict]]]:
     names, (chosen, rejected) = check_row(image, conversations)
     if [turn["value"] for turn in chosen[0::2]] != [turn["value"] for turn in rejected[0::2]]:
         raise UserError('the human turns of "chosen" and "rejected" differ; a pair answers one question twice')
+    for key in ("question", "prompt"):
+        if not said_by_human(raw.get(key)) <= said_by_human(conversations[0]):
+            raise UserError(f'"{key}" is {shorten(raw[key])}, which the human turns of the pair do not say; remove it, or '
+                            'correct them')
     return names, [chosen, rejected]
+
+
+def said_by_human(value):
+    """The texts of the human turns, or the one text, without <image> and white space around."""
+    turns = llava_turns(value) if isinstance(value, list) else [{"from": "human", "value": value}]
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "human"]
+    return {text.replace(IMAGE, "").strip() for text in texts if isinstance(text, str)} - {""}
 
 
 def check_keys(raw, keys):
@@ -96,8 +141,12 @@ def find_image(raw, keys):
         if raw.get(key):
             return raw[key]
     for key, value in raw.items():
-        if value and isinstance(value, (str, list, dict)) and re.search("image|img|picture|photo", key, re.IGNORECASE):
-            raise UserError(f'"{key}" is {shorten(value)}, but the row has no "image"; name the picture there, or remove "{key}"')
+        names = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        is_lost = MEDIA_KEY.search(key) or FILE_KEY.search(key) and any(
+            isinstance(name, str) and PICTURE_NAME.search(name) for name in names)
+        if is_lost and value and isinstance(value, (str, list, dict)):
+            raise UserError(f'"{key}" is {shorten(value)}, but the row has no "image"; name the picture there, or remove '
+                            f'"{key}" (pictures are all that a model sees here)')
     return raw.get("image")
 
 
@@ -107,6 +156,9 @@ def check_row(image, conversations):
     for conversation in conversations:
         check_turns(conversation)
     questions = [turn["value"].strip() for turn in conversations[0][0::2]]
+    for question in questions:
+        if tag := IMAGE_TAG.search(question):
+            raise UserError(f'found {shorten(tag[0])} in a question; write {IMAGE} there, and name the picture in "image"')
     slots = sum(question.count(IMAGE) for question in questions)
     # In a row without images <image> is text, unless it is where LLaVA puts an image: before or after all of the text.
     if not names and not any(question.startswith(IMAGE) or question.endswith(IMAGE) for question in questions):

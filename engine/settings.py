@@ -2,11 +2,13 @@
 Which values a setting of train.py may have, which settings exclude or need each other, and which have no effect where they
 stand. All of it is checked before anything is loaded; the settings themselves, with their defaults, are in train.py.
 """
+import os
 from pathlib import Path
 
 import torch
 
-from configurator import BELOW_ONE, FRACTION, NON_NEGATIVE, POSITIVE, Config, UserError, check_uses, check_values
+from configurator import (BELOW_ONE, FRACTION, GREEDY_OR_TEMPERATURE, NON_NEGATIVE, POSITIVE, TEMPERATURE, Config, UserError,
+                          check_uses, check_values)
 from data import TEMPLATES
 from engine.hf import read_llava_config
 from losses import PREFERENCE_LOSSES, TOKEN_LOSSES
@@ -22,9 +24,10 @@ ALLOWED = {
     "preference_loss": list(PREFERENCE_LOSSES), "dtype": ["bfloat16", "float32"], "device": ["", "cpu", "cuda"],
     "parallel": ["ddp", "fsdp"],
     **dict.fromkeys(["batch_size", "micro_batch_size", "epochs", "learning_rate", "save_every", "log_every",
-                     "eps", "num_experts", "top_k", "teacher_top_k", "kd_temperature", "on_policy_tokens", "beta"], POSITIVE),
+                     "eps", "num_experts", "top_k", "teacher_top_k", "on_policy_tokens", "beta"], POSITIVE),
     **dict.fromkeys(["weight_decay", "grad_clip", "max_steps", "val_rows", "val_every", "balance_coef", "seed", "ce_weight", "kd_weight",
-                     *FEATURE_WEIGHTS, "on_policy_temperature"], NON_NEGATIVE),
+                     *FEATURE_WEIGHTS], NON_NEGATIVE),
+    "kd_temperature": TEMPERATURE, "on_policy_temperature": GREEDY_OR_TEMPERATURE,
     "warmup_ratio": FRACTION, "on_policy": FRACTION, "beta1": BELOW_ONE, "beta2": BELOW_ONE,
     "jsd_beta": ("a number between 0 and 1", lambda x: 0 < x < 1),
     "num_workers": ("a number from 0 to 1000", lambda x: 0 <= x <= 1000),
@@ -63,6 +66,16 @@ def check_settings(config: Config) -> None:
     if config.on_policy and not any(config[key] for key in ("kd_weight", *FEATURE_WEIGHTS)):
         raise UserError(f"on_policy={config.on_policy} samples answers to compare with the teacher's: set kd_weight or one "
                         f"of {', '.join(FEATURE_WEIGHTS)}")
+    distills = config.stage in ("d2d", "d2s")
+    if distills and config.teacher and not signals:
+        raise UserError(f"teacher={config.teacher}: would be ignored, since kd_weight, {', '.join(FEATURE_WEIGHTS)} are all "
+                        "0; set one of them, or leave the teacher out (d2d without one is stage sft)")
+    if config.stage != "pd" and not config.ce_weight and not (distills and signals):
+        raise UserError("ce_weight is 0, and so is every other weight of a loss: nothing would be trained; set one of them")
+    run, cache = Path(os.path.realpath(config.out_dir)), Path(os.path.realpath(config.teacher_cache))
+    if config.teacher_cache and (run.is_relative_to(cache) or cache.is_relative_to(run)):
+        raise UserError(f"teacher_cache={config.teacher_cache} and out_dir={config.out_dir} are one folder, or one lies in "
+                        "the other; choose two that are apart")
     if config.on_policy and config.parallel == "fsdp":
         raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
                         "--parallel=ddp")
@@ -92,6 +105,7 @@ def check_no_effect(config: Config, defaults: dict, given: dict) -> None:
         (["balance_coef"], stage in ("d2s", "pd") or experts, "a sparse student"),
         (["train_dense_ffn"], stage in ("d2s", "pd"), f"the stages d2s and pd, this is {stage}"),
         (["ce_weight"], stage != "pd", "the other stages, this is pd"),
+        (["ce_weight"], config.on_policy < 1, "steps on the data's answers, and with on_policy=1 there are none"),
         (signals, stage in ("d2d", "d2s"), f"the stages d2d and d2s, this is {stage}"),
         (["kd_loss", "kd_tokens", "kd_temperature", "kd_standardize", "kd_shift"], kd, "d2d and d2s with a teacher and a kd_weight"),
         (["jsd_beta"], kd and config.kd_loss == "jsd", "kd_loss=jsd"),

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -146,6 +147,17 @@ def test_long_pairs_are_dropped_never_cut(world):
     assert len(data) == 1
     assert data.notes == [f"2 of 3 rows are longer than max_length={base}: 0 cut, 2 dropped since a cut answer is "
                           f"a different answer (first: {world.folder / 'rows.json'} row 1 id 1)"]
+
+
+def test_pairs_of_two_equal_answers_are_dropped_and_named(world):
+    rows = [{"id": i, "chosen": turns("Hi", chosen), "rejected": turns("Hi", rejected)}
+            for i, (chosen, rejected) in enumerate([("Ho", "No"), ("Ho", "Ho"), ("Ho " * 99, "Ho " * 99)])]
+    rows.append({"id": 3, "question": "Hi", "chosen": "Ho", "rejected": "Ho"})
+    data = dataset(PreferenceData, world, world(rows))
+    assert len(data) == 1 and data.notes == ["3 of 4 pairs have two equal answers, which teach nothing, and are dropped "
+                                             f"(first: {world.folder / 'rows.json'} row 1 id 1)"]
+    with pytest.raises(UserError, match="no row left to train on: 1 of 1 pairs have two equal answers"):
+        dataset(PreferenceData, world, world(rows[1:2]))
 
 
 @pytest.mark.parametrize("bad, expected", [
@@ -370,20 +382,22 @@ def test_an_index_is_used_until_the_file_changes(world, monkeypatch, capsys):
 def test_what_the_numbers_depend_on_has_its_own_index(world):
     file = world(MIXED[1:3] + [row(5, "<image>", "Ho", image="a.png")])
     (world.folder / "more").mkdir()
-    noise("RGB", 9, 9).save(world.folder / "more" / "a.png")
+    shutil.copy(world.folder / "a.png", world.folder / "more" / "a.png")
+    (world.folder / "other").mkdir()
+    noise("RGB", 9, 9).save(world.folder / "other" / "a.png")
     added = Tokenizer.from_str(qwen_tokenizer().to_str())
     added.add_tokens(["Ho Ho"])
     usual = dict(image_dir=str(world.folder), tokenizer=qwen_tokenizer(), template="vicuna", image_tokens=4,
                  image_size=28, max_length=99)
     changes = [{}, {"image_dir": str(world.folder / "more")}, {"tokenizer": added}, {"template": "chatml"},
-               {"image_tokens": 5}]
+               {"image_tokens": 5}, {"image_dir": str(world.folder / "other")}]
     fingerprints = []
     for n, change in enumerate(changes, start=1):
         data = InstructionData([(file, 1.0)], **usual | change)
         assert len(list(world.folder.glob("rows.json.*.index"))) == n
         assert len(data) == 2 and [len(data[i]["input_ids"]) for i in range(2)] == data.lengths.tolist()
         fingerprints.append(data.fingerprint)
-    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 4  # the place of the images does not count
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 5  # the place of the images does not count
 
 
 def test_progress_is_reported_every_few_seconds(world, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import torch
 
 import data
 import train
-from configurator import Config
+from configurator import Config, UserError
 from engine import on_policy
 from engine.distributed import init_distributed
 from engine.index import InstructionData
@@ -101,6 +101,17 @@ def test_random_numbers_of_rows_and_coin_are_independent(dataset, student, monke
     key = "seed"
     sample_answers(student, batch, [0, 1], Config(config, seed=1), heads[0])
     assert (drawn["seed"] != drawn[heads[0]]).all()
+
+
+def test_an_answer_that_cannot_be_sampled_ends_the_run_after_a_save(world, tmp_path, monkeypatch):
+    def sample(student, batch, rows, config, step):
+        if step == 3:
+            raise UserError("the model's logits are NaN")
+        return sample_answers(student, batch, rows, config, step)
+    monkeypatch.setattr(train, "sample_answers", sample)
+    with pytest.raises(UserError, match="the model's logits are NaN"):
+        train.main(flags(world, "d2d", tmp_path, max_steps=4, on_policy=1.0, on_policy_tokens=4))
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000002.pt"]
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Training from the teacher's stored outputs against training with the teacher its
     python -m pytest tests/test_teacher_cache.py
 """
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,7 @@ def test_an_interrupted_filling_is_completed_and_two_ranks_share_it(world, tmp_p
     (dict(kd_tokens="all"), "kd_tokens='response', this run has kd_tokens='all'"),
     (dict(max_length=40), "was made with data="),
     (dict(teacher="other"), "was made with teacher="),
+    (dict(image_dir="other"), "was made with data="),
 ])
 def test_a_cache_of_other_data_or_of_another_teacher_is_refused(world, tmp_path, change, message):
     train.main(flags(world, "d2d", tmp_path / "a", max_steps=1, teacher_cache=tmp_path / "cache"))
@@ -104,6 +106,10 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(world, tmp_path,
             teacher.adaptor.linear_1.weight.mul_(1.01)
         teacher.save_pretrained(tmp_path / "other")
         change = dict(teacher=tmp_path / "other")
+    if "image_dir" in change:                                        # other pictures of the same names
+        shutil.copytree(world / "images", tmp_path / "other")
+        shutil.copy(world / "images" / "1.png", tmp_path / "other" / "0.png")
+        change = dict(image_dir=tmp_path / "other")
     with pytest.raises(UserError) as caught:
         train.main(flags(world, "d2d", tmp_path / "b", max_steps=1, teacher_cache=tmp_path / "cache", **change))
     assert message in str(caught.value) and "\n" not in str(caught.value)

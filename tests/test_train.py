@@ -263,6 +263,13 @@ BAD_SETTINGS = [
     (dict(on_policy_tokens=9), "on_policy_tokens=9: belongs to an on_policy above 0"),
     (dict(teacher_top_k=9), "teacher_top_k=9: belongs to a teacher_cache"),
     (dict(template="chatml"), "template=chatml: belongs to a new model"),
+    (dict(kd_weight=0.0), "teacher: would be ignored, since kd_weight, hidden_weight, affinity_weight, relation_weight"),
+    (dict(kd_weight=0.0, stage="d2d", ce_weight=1.0), "teacher: would be ignored, since kd_weight"),
+    (dict(on_policy=1.0, ce_weight=5.0), "ce_weight=5.0: belongs to steps on the data's answers, and with on_policy=1"),
+    # what would train nothing
+    (dict(stage="sft", teacher="", ce_weight=0.0), "ce_weight is 0, and so is every other weight of a loss"),
+    (dict(stage="align", teacher="", ce_weight=0.0), "nothing would be trained"),
+    (dict(teacher="", kd_weight=0.0, ce_weight=0.0), "nothing would be trained"),
 ]
 
 
@@ -273,6 +280,17 @@ def test_bad_settings_end_in_one_line(world, tmp_path, change, message):
         train.main(flags(world, **(dict(stage="d2s", out_dir=tmp_path / "out") | change)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out, cache", [("run", "run/cache"), ("run", "run/state"), ("cache/run", "cache"),
+                                        ("run", "a/../run"), ("link", "run/cache")])
+def test_run_and_cache_are_apart(world, tmp_path, monkeypatch, out, cache):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.setattr(train, "open_student", lambda *_: pytest.fail("loaded a model first"))
+    with pytest.raises(UserError, match="are one folder, or one lies in the other; choose two that are apart"):
+        train.main(flags(world, "d2d", tmp_path / out, teacher_cache=tmp_path / cache))
+    config = train.configure(flags(world, "d2d", tmp_path / "run", teacher_cache=tmp_path / "run_cache"))
+    assert config.teacher_cache == str(tmp_path / "run_cache")
 
 
 @pytest.mark.parametrize("stage", ["d2s", "pd", "sft"])

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
+from configurator import GREEDY_OR_TEMPERATURE, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
 from data import IMAGE, load_image, render, require_image, transform_image
 from engine import prefix
 from engine.distributed import Dist, init_distributed
@@ -89,7 +89,7 @@ def check(config: Config) -> None:
         if not config[key].endswith((".json", ".jsonl")):
             raise UserError(f"--{key}: found {config[key]!r}, expected FILE.json or FILE.jsonl")
     check_values(config, {
-        "temperature": NON_NEGATIVE, "max_new_tokens": POSITIVE, "max_length": POSITIVE, "batch_size": POSITIVE,
+        "temperature": GREEDY_OR_TEMPERATURE, "max_new_tokens": POSITIVE, "max_length": POSITIVE, "batch_size": POSITIVE,
         "seed": NON_NEGATIVE, "device": ["", "cpu", "cuda"], "dtype": ["", "float32", "bfloat16", "float16"]})
     if config.max_new_tokens >= config.max_length:
         raise UserError(f"max_new_tokens is {config.max_new_tokens}, expected less than max_length, which is "

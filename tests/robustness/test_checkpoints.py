@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 import engine.hf as hf
+import sample
 from configurator import UserError
-from engine.hf import assemble_llava, describe_llava, read_decoder_config, read_llava_config, weight_files
+from engine.hf import assemble_llava, describe_llava, read_decoder_config, read_llava_config, require_tokenizer, weight_files
 from model import Llava
 from test_user_files import line_of
 
@@ -224,6 +225,49 @@ def test_end_tokens_are_those_of_generation_config(folder, ends, generation, exp
     ended = llava.generate(ids, max_new_tokens=1)[0, 0].item()
     edit(folder / "generation_config.json", eos_token_id=[1, ended])
     assert Llava.from_pretrained(folder).generate(ids, max_new_tokens=9).shape == (1, 1)
+
+
+def added(content, name):
+    return next(token for token in content["added_tokens"] if token["content"] == name)
+
+
+def only_a_word(content, name):
+    """In the vocabulary, where no pretokenizer leaves it whole, and no added token."""
+    token = added(content, name)
+    content["model"]["vocab"][name] = token["id"]
+    content["added_tokens"].remove(token)
+
+
+# What is wrong with the tokens of a checkpoint, and what is said: nothing of it raises an error by itself.
+TOKENS = {
+    "an end token of the vocabulary only": (lambda c: only_a_word(c, "<|endoftext|>"), "reads <|endoftext|> in a text as other"),
+    "an image token of the vocabulary only": (lambda c: only_a_word(c, "<image>"), "reads <image> in a text as other tokens"),
+    "no special end token": (lambda c: added(c, "<|endoftext|>").update(special=False),
+                             "<|endoftext|> would stay in the text of answers"),
+    "no special padding": (lambda c: added(c, "<pad>").update(special=False), "<pad> would stay in the text of answers"),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_tokens_that_would_train_or_print_something_else(folder, kind):
+    change, said = TOKENS[kind]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    line = line_of(require_tokenizer, describe_llava(folder), folder)
+    assert line.startswith(f"{folder}/tokenizer.json: ") and said in line
+    assert line == line_of(sample.main, [f"--model={folder}", "--prompt=a", "--device=cpu"])
+
+
+@pytest.mark.parametrize("ends", [[5], [5, 6], []])
+def test_an_answer_that_would_never_end(folder, ends):
+    end = describe_llava(folder).tokenizer.token_to_id("<|endoftext|>")
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        edit(path, eos_token_id=ends)
+    line = line_of(require_tokenizer, describe_llava(folder), folder)
+    assert f"eos_token_id is {ends}, and answers of template vicuna end with <|endoftext|>, id {end};" in line
+    edit(folder / "generation_config.json", eos_token_id=[*ends, end])                         # others besides are fine
+    require_tokenizer(describe_llava(folder), folder)
 
 
 def test_the_padding_token_may_be_in_generation_config(folder):

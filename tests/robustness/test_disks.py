@@ -167,6 +167,17 @@ def test_a_place_that_cannot_be_a_folder_ends_in_one_line(world, tmp_path, monke
     assert "\n" not in str(caught.value) and (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a dangling link", "below a dangling link"])
+def test_an_out_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loaded(world, tmp_path, monkeypatch, kind):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    place = tmp_path / ("file" if kind.endswith("file") else "dangling") / ("x/y" if kind.startswith("below") else "")
+    monkeypatch.setattr(train, "open_student", lambda *_: pytest.fail("loaded a model first"))
+    with pytest.raises(UserError, match=f"^{place}: cannot be written .Not a directory."):
+        train.main(flags(world, "d2d", place))
+    assert not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("number, reason", [(errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied"),
                                             (errno.ENOSPC, "No space left on device"), (errno.EIO, "Input/output error")])
 def test_an_index_that_cannot_be_written(tmp_path, monkeypatch, number, reason):

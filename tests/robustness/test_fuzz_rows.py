@@ -109,6 +109,8 @@ def plain_sides(kind, row):
     questions, *others = [[turn["value"] for turn in side[0::2]] for side in sides]
     if any(other != questions for other in others):
         return None
+    if kind is PreferenceData and not plain_texts(row.get("question")) <= plain_texts(sides[0]):
+        return None
     if not names and not any("<image>" in (question.strip()[:7], question.strip()[-7:]) for question in questions):
         return [[turn | {"value": as_text(turn["value"])} for turn in side] for side in sides], names
     if "".join(questions).count("<image>") != len(names):
@@ -116,8 +118,17 @@ def plain_sides(kind, row):
     return sides, names
 
 
+def plain_texts(value):
+    """What the human says, in one text or in turns."""
+    turns = value if isinstance(value, list) else [{"from": "human", "value": value}]
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "human"]
+    return {text.replace("<image>", "").strip() for text in texts if isinstance(text, str)} - {""}
+
+
 def plain_sample(kind, sides, tokenizer, max_length):
     """[(ids, mask)] of each side, or None if the row is not usable."""
+    if len(sides) == 2 and [turn["value"] for turn in sides[0]] == [turn["value"] for turn in sides[1]]:
+        return None
     sequences = [render(side, tokenizer, "vicuna", image_tokens=4) for side in sides]
     if not all(sum(mask[:max_length]) for _, mask in sequences):
         return None

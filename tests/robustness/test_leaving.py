@@ -195,7 +195,9 @@ def test_a_flag_that_no_number_or_text_holds(flag):
 
 @pytest.mark.parametrize("key, value", [
     ("kd_weight", -1), ("kd_weight", "nan"), ("beta", 0), ("beta", -0.1), ("kd_temperature", "nan"), ("kd_temperature", -1),
-    ("on_policy_temperature", "nan"), ("on_policy_temperature", -1), ("jsd_beta", "nan"), ("learning_rate", "inf"),
+    ("on_policy_temperature", "nan"), ("on_policy_temperature", -1), ("on_policy_temperature", 1e-42),
+    ("on_policy_temperature", 1e300), ("kd_temperature", 1e-320), ("kd_temperature", 1e200),
+    ("jsd_beta", "nan"), ("learning_rate", "inf"),
     ("max_length", 3_000_000_000), ("max_length", 0), ("num_workers", 100_000), ("num_workers", -1), ("seed", -1),
     ("seed", 10**20), ("warmup_ratio", "nan"), ("grad_clip", "nan"), ("eps", "1e-400"), ("beta2", 1.0), ("epochs", 0)])
 def test_every_number_has_its_bounds(world, tmp_path, key, value):

@@ -236,6 +236,15 @@ def test_a_finished_run_is_only_looked_at(world, whole, monkeypatch, capsys):
     assert "finished already" in capsys.readouterr().out and contents(whole) == before
 
 
+def test_first_losses_of_a_log_that_a_user_has_edited(tmp_path):
+    losses = [2.5, None, "x", [1.0], True, 10 ** 400, 1.5]
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses)]
+    lines = ['{"step": 1}', '{"step": 1, "note": "a\u2028\ufffd"}', *lines, ""]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert resume.first_losses(tmp_path, 20) == [2.5, 1.5] and resume.first_losses(tmp_path, 3) == [2.5]
+    assert resume.first_losses(tmp_path / "none", 3) == []
+
+
 @pytest.mark.parametrize("broken", ['{"step": 2, "lo', "", "5", '"x"', "{}", '{"step": "2"}', "\x00" * 9, "[" * 100_000])
 def test_a_broken_line_in_the_middle_of_the_log_takes_no_other_with_it(tmp_path, capsys, broken):
     claim(tmp_path, resume.OWNER)

@@ -25,6 +25,7 @@ from engine.index import InstructionData, PreferenceData, parse_sources
 from engine.rows import parse_instruction, parse_pair
 from model import Llava
 from moe import upcycle
+from tools import answer
 
 ROOT = Path(sample.__file__).parent
 
@@ -222,6 +223,29 @@ def test_what_would_not_fit_is_said_before_it_is_tried(world):
     require_memory(10**18, "a description", torch.device("meta"))
 
 
+@pytest.mark.parametrize("temperature", ["1e-42", "1e-320", "1e-4", "1e300", "inf", "nan", "-1"])
+def test_a_temperature_that_logits_can_be_divided_by(world, tmp_path, temperature):
+    model = f"--model={world / 'dense'}"
+    line = line_of(sample.main, [model, "--prompt=a", "--device=cpu", f"--temperature={temperature}"])
+    assert line.startswith("temperature is ") and line.endswith("expected a non-negative number: 0, or from 0.001 to 1000")
+    assert line == line_of(answer.main, [model, f"--data={world / 'rows.json'}", f"--out={tmp_path / 'a.json'}",
+                                         "--device=cpu", f"--temperature={temperature}"])
+
+
+@pytest.mark.parametrize("tensor, factor", [("decoder.blocks.1.ffn.down_proj", 1e5), ("adaptor.linear_2", 1e6),
+                                            ("decoder.norm", 1e5)])
+def test_logits_that_overflow_give_no_answer(world, tensor, factor):
+    model = Llava.from_pretrained(world / "dense")
+    with torch.no_grad():
+        model.get_submodule(tensor).weight.mul_(factor)
+    ids = torch.tensor([[5, 6] + [model.config.image_token_id] * 4 + [7]])
+    pixels = torch.zeros(1, 3, 28, 28)
+    assert model.generate(ids, pixels, max_new_tokens=2).shape == (1, 2)                         # fp32 has the range
+    model.half()
+    line = line_of(model.generate, ids, pixels, max_new_tokens=2)
+    assert line.startswith("the model's logits are NaN or infinite in torch.float16")
+
+
 def test_sample_checks_its_values(world, tmp_path, capsys, monkeypatch):
     base = [f"--model={world / 'dense'}", "--device=cpu"]
     os.mkfifo(tmp_path / "pipe.png")
@@ -268,6 +292,64 @@ def test_no_row_is_trained_without_the_picture_that_it_names(key, value):
             assert parse(row | null | {key: None, "image_id": 17, "image_size": None, "n_images": 0})[0] == []   # no pictures
     with_picture = {"image": "0.png", "conversations": turns("<image>\nwhat ?", "a cat"), key: value}
     assert parse_instruction(with_picture)[0] == ["0.png"]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("video", "a.mp4"), ("audio", ["a.wav"]), ("video_path", "a"), ("media", ["0.png"]), ("frames", ["1", "2"]),
+    ("files", ["0.PNG"]), ("path", "a/0.jpeg"), ("file_name", "0.webp"), ("url", "https://x/0.jpg?s=1"),
+    ("file", {"path": "0.gif", "bytes": None})])
+def test_no_row_is_trained_without_what_it_shows(key, value):
+    assert f'"{key}" is ' in line_of(parse_instruction, {"conversations": turns("what is there ?", "a cat"), key: value})
+    assert f'"{key}" is ' in line_of(parse_pair, PAIR | {key: value})
+
+
+@pytest.mark.parametrize("more", [
+    {"path": "dialogs/7.json"}, {"file": "rows.jsonl"}, {"url": "https://x/page.html"}, {"source": "a.png"},
+    {"media_type": "text"}, {"path": None, "video": "", "audio": []}, {"system": ""}, {"system": None}])
+def test_other_keys_of_a_row_do_not_matter(more):
+    row = {"conversations": turns("what is there ?", "a cat")}
+    assert parse_instruction(row | more) == parse_instruction(row)
+
+
+MESSAGES = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "a cat"}]
+
+
+@pytest.mark.parametrize("row, found", [
+    ({"conversations": turns("Picture 1: <img>0.png</img>\nwhat ?", "a cat")}, "found \"<img>0.png</img>\" in a question"),
+    ({"system": "you are blue", "conversations": turns("what ?", "a cat")}, '"system" is "you are blue"'),
+    ({"system_prompt": "you are blue", "messages": MESSAGES}, '"system_prompt" is "you are blue"'),
+    ({"messages": [MESSAGES[0], MESSAGES[1] | {"loss": False}]}, 'found "loss": false'),
+    ({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}, 'found "weight": 0'),
+    ({"conversations": [turns("what ?")[0], {"from": "gpt", "value": "a cat", "train": False}]}, 'found "train": false'),
+    ({"conversations": turns("what ?", "a dog"), "messages": MESSAGES}, '"conversations" is '),
+    ({"conversations": [turns("what ?")[0], {"from": "gpt", "value": "a cat", "content": "a dog"}]},
+     '"value" is "a cat" and "content" is "a dog", expected only one of them'),
+    ({"conversations": [turns("what ?")[0], {"from": "gpt", "role": "user", "value": "a cat"}]},
+     '"from" is "gpt" and "role" is "user"'),
+])
+def test_what_a_row_says_twice_or_would_be_ignored_is_an_error(row, found):
+    assert found in line_of(parse_instruction, row)
+
+
+def test_what_a_row_says_twice_alike_is_none():
+    twice = [{"from": "human", "role": "user", "value": "what ?", "content": "what ?"},
+             {"from": "gpt", "role": "assistant", "value": "a cat", "content": [{"type": "text", "text": "a cat"}],
+              "loss": True, "weight": 1}]
+    _, [conversation] = parse_instruction({"conversations": twice})
+    assert [turn["value"] for turn in conversation] == ["what ?", "a cat"]
+    both = {"conversations": turns("what ?", "a cat"), "messages": MESSAGES}
+    assert parse_instruction(both) == ([], [turns("what ?", "a cat")])
+
+
+@pytest.mark.parametrize("key", ["question", "prompt"])
+def test_a_question_beside_whole_dialogues_is_theirs(key):
+    pair = {"image": "0.png", "chosen": turns("<image>\nwhat ?", "a cat"), "rejected": turns("<image>\nwhat ?", "a dog")}
+    for same in ("what ?", "<image> what ?", "", None, 7, MESSAGES[:1], turns("<image>\nwhat ?")):
+        assert parse_pair(pair | {key: same})[1] == [pair["chosen"], pair["rejected"]]
+    for other in ("a dog ?", MESSAGES[:1] + [{"role": "user", "content": "a dog ?"}]):
+        assert f'"{key}" is ' in line_of(parse_pair, pair | {key: other})
+    assert '"prompt" is "a dog ?", which the human turns of the pair do not say' in line_of(
+        parse_pair, PAIR | {"prompt": "a dog ?"})
 
 
 @pytest.fixture(scope="module")

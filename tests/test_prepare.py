@@ -286,6 +286,9 @@ def test_rlaif_vs_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([{"question": "x"}]), tmp_path / "pd/RLAIF-V-Dataset_001.parquet")
     with pytest.raises(UserError, match="RLAIF-V-Dataset_001.parquet: has no column ds_name, found question"):
         prepare.main([f"--data={tmp_path}", "--only=preferences"])
+    in_place_of(tmp_path / "pd/RLAIF-V-Dataset_000.parquet", os.mkfifo)
+    with pytest.raises(UserError, match="RLAIF-V-Dataset_000.parquet: cannot be read .*a pipe or a device, not a file"):
+        prepare.main([f"--data={tmp_path}", "--only=preferences"])
     assert not (tmp_path / "pd/rlaif_v.json").exists()
 
 

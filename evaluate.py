@@ -44,7 +44,7 @@ from data import as_text, load_image, render, transform_image
 from engine import prefix
 from engine.files import (MARK, claim, digest_of_folder, disk_errors, lock, parse_json, read_json, read_rows, refuse_inputs,
                           release, write_json, write_lines, write_text)
-from engine.hf import NOT_A_FOLDER, require_tokenizer
+from engine.hf import NOT_A_FOLDER, require_finite, require_tokenizer
 from model import Llava
 
 DEFAULTS = dict(
@@ -220,10 +220,7 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
 def load_model(config: Config) -> Llava:
     llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), config.device).eval()
     require_tokenizer(llava, config.model)
-    for name, parameter in llava.named_parameters():
-        if not bool(parameter.isfinite().all()):                     # its answers would be scored like any others
-            raise UserError(f"{config.model}: {name} is not finite in {config.dtype}; the checkpoint is of a run that "
-                            "diverged, or needs another --dtype")
+    require_finite(llava, config.model)
     return llava
 
 

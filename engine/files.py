@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,15 +77,19 @@ def read_rows(path: str | Path, hint: str = "check the path") -> list[tuple[str,
 # Writing
 
 @contextmanager
-def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bool = False) -> Iterator[Path]:
+def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bool = False,
+           flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`; when the block ends without an error, flush it and rename it to `path`.
 
     A full, read-only or failing disk ends as a UserError, with what was half written removed. `size`: bytes that will be
     written, if known: too little free space is then noticed beforehand. `note`: what the message adds. `unique`: a
-    temporary name that no other process uses, for a file that two machines may write at once.
+    temporary name that no other process or user has, for a file that two machines may write at once, or in a folder of
+    the user's. flush=False: for thousands of files that can be made again, where each flush takes milliseconds.
     """
     path = Path(path)
-    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")
+    if not path.name:                                                # "", ".", "/"
+        raise UserError(f"{shorten(str(path))} names no file to write; give the name of one")
+    tmp = path.with_name(f"{path.name[:50]}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")   # 255 bytes at most
     with disk_errors(path, size, note):
         try:
             make_folder(path.parent)
@@ -93,9 +98,11 @@ def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bo
             if size is not None and shutil.disk_usage(path.parent).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield tmp
-            sync(tmp)
+            if flush:
+                sync(tmp)
             os.replace(tmp, path)
-            sync(path.parent)
+            if flush:
+                sync(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -112,6 +119,23 @@ def write_json(path: str | Path, content: object) -> None:
 def write_lines(path: str | Path, rows: list) -> None:
     """JSON Lines."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_output(path: str | Path, others: dict[str, str]) -> None:
+    """UserError unless a file can be written at `path`: to be asked before the work whose result it will hold.
+
+    others: {path: what it is}, the other files of the same run; none of them may be `path`.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        for other, what in others.items():
+            if os.path.realpath(other) == os.path.realpath(path) or \
+                    os.path.exists(other) and path.exists() and path.samefile(other):
+                raise UserError(f"{path}: is also the {what} of this run, and would be overwritten; choose another file")
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path}: is there already, and is not a file; choose another name")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        tempfile.TemporaryFile(dir=parent).close()                   # has no name, and leaves nothing
 
 
 def sync(path: Path) -> None:
@@ -179,26 +203,29 @@ def claim(folder: str | Path, owner: str, inputs: dict[str, str | None] | None =
             sync(path.parent)
 
 
-def lock(path: Path, wait: bool = False) -> TextIO:
+def lock(path: Path, wait: bool = False, place: str | Path = "") -> TextIO:
     """Lock a file, made if it is not there, until what is returned is closed or this process ends, however it ends.
 
-    Some cluster file systems have no locks. There it says that nothing keeps a second run out, and goes on.
+    place: what the lock keeps for this process, as a message names it; empty: the folder. Opening and closing the file once
+    more would release the lock. Some cluster file systems have no locks: there it says that nothing keeps a second run
+    out, and goes on.
     """
+    place = place or path.parent
     with disk_errors(path):
         make_folder(path.parent)
-        file = open(path, "a+")
+        file = open(path, "a+", encoding="utf-8", errors="replace")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if not wait:
-                raise UserError(f"{path.parent}: another run is writing there; wait for it, end it, or choose another "
-                                "folder") from None
-            print(f"{path.parent}: another run is writing there; waiting for it", file=sys.stderr)
+                raise UserError(f"{place}: another run is writing there; wait for it, end it, or choose another "
+                                "place") from None
+            print(f"{place}: another run is writing there; waiting for it", file=sys.stderr)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"{path.parent}: its file system has no locks ({error.strerror}), so nothing keeps a second run from writing "
+            print(f"{place}: its file system has no locks ({error.strerror}), so nothing keeps a second run from writing "
                   "there; see to it that there is none", file=sys.stderr)
     return file
 
@@ -248,23 +275,35 @@ class DiskError(UserError):
 
 @contextmanager
 def disk_errors(path: Path, size: int | None = None, note: str = "") -> Iterator[None]:
-    """Turn any error of the operating system while `path` is written into a UserError. The outermost note is shown."""
+    """Turn any error of the operating system while `path` is written into a UserError. The outermost note is shown.
+
+    The block may print: an error of standard output is not blamed on `path`.
+    """
     try:
         yield
     except DiskError as error:
         if not note:
             raise
         raise DiskError(error.problem, note) from None
-    except UserError:
+    except (UserError, BrokenPipeError):                             # the reader of our output has left
         raise
     except Exception as error:
         reason = disk_error(error)
-        if reason is None:
+        if reason is None or output_fails():
             raise
         free = shutil.disk_usage(next(filter(os.path.isdir, path.parents), "/")).free
         needs = f"it needs {readable(size)}, " if size is not None else ""
         raise DiskError(f"{path}: cannot be written ({reason}); {needs}{readable(free)} are free there",
                         note or "make room, or choose another folder") from None
+
+
+def output_fails() -> bool:
+    """Whether what was printed cannot be written, since standard output is a file on a full disk."""
+    try:
+        print(end="", flush=True)                                    # what could not be written is tried again
+    except OSError:
+        return True
+    return False
 
 
 def disk_error(error: BaseException | None) -> str | None:

@@ -444,6 +444,15 @@ def require_tokenizer(llava: Llava, folder: str | Path) -> None:
                         f"with {end}, id {end_id}; correct one of the two in generation_config.json and config.json")
 
 
+def require_finite(llava: Llava, folder: str | Path) -> None:
+    """Raise UserError for a weight that is infinite in the model's dtype: its answers would be taken for any others."""
+    for name, parameter in llava.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{folder}: {name} is not finite in {dtype}; the checkpoint is of a run that diverged, or needs "
+                            "another --dtype")
+
+
 # -----------------------------------------------------------------------------
 # Reading
 

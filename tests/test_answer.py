@@ -20,8 +20,9 @@ import torch.distributed as torch_dist
 import train
 from configurator import UserError
 from data import load_image, render, transform_image
-from processes import ended, run, start
+from processes import FORK, ended, run, start
 from model import Llava
+from test_data import noise
 from test_train import flags as train_flags, records as log_records
 from tools import answer
 
@@ -305,6 +306,54 @@ def test_changed_weights_and_changed_rows_are_noticed(world, tmp_path, monkeypat
         answer.main(flags(world, tmp_path / "a.json", **own))
 
 
+def test_other_pictures_under_the_same_names_are_noticed(world, rows, tmp_path, monkeypatch):
+    """Rows that were answered with the old ones are answered again; a finished file is not taken for one of the new ones."""
+    shutil.copytree(world / "images", tmp_path / "others")
+    for name in ("0.png", "1.png", "2.png"):
+        noise("RGB", 20, 10, seed=0).save(tmp_path / "others" / name)
+    out, whole, others = tmp_path / "a.json", tmp_path / "whole.json", dict(image_dir=tmp_path / "others")
+    answer.main(flags(world, whole, **others))
+    interrupt(world, out, monkeypatch, after=7)
+    (tmp_path / "a.json.partial.3.jsonl").write_bytes((tmp_path / "a.json.partial.0.jsonl").read_bytes())
+    answer.main(flags(world, out, **others))
+    assert load(out) == load(whole) and not list(tmp_path.glob("*partial*"))
+    answer.main(flags(world, tmp_path / "old.json"))
+    assert load(tmp_path / "old.json") != load(whole)
+    refused(world, tmp_path, "a.json: was made with image_sizes=.*choose another --out")
+    assert load(out) == load(whole)
+
+
+def test_lines_of_a_partial_file_that_are_no_records(world, greedy, tmp_path, monkeypatch):
+    interrupt(world, tmp_path / "a.json", monkeypatch, after=2)
+    whole = {"row": 0, "image_sizes": [], "conversations": [], "unfinished": 0}
+    odd = [5, "x", {}, [1], {"row": [1]}, *(whole | {"row": row} for row in (77, -1, True)), whole | {"unfinished": None}]
+    odd += [whole | {"conversations": turns} for turns in ("junk", [1], [{"from": "human"}], [{"from": "gpt", "value": ""}])]
+    for rank in (0, 1):
+        with open(tmp_path / f"a.json.partial.{rank}.jsonl", "ab") as file:
+            file.write(b"\n\xff\n[[[\n" + "".join(json.dumps(line) + "\n" for line in odd).encode())
+    answer.main(flags(world, tmp_path / "a.json"))
+    assert load(tmp_path / "a.json") == greedy[0]
+
+
+def test_one_run_at_a_time(world, greedy, tmp_path):
+    config = answer.load_config(answer.DEFAULTS, flags(world, tmp_path / "a.json"))
+    began, over = FORK.Event(), FORK.Event()
+
+    def work(rank):
+        with answer.open_record(config):
+            began.set()
+            over.wait(60)
+
+    ranks = start(1, work)
+    assert began.wait(60)
+    refused(world, tmp_path, "a.json: another run is writing there; wait for it, end it, or choose another place")
+    answer.main(flags(world, tmp_path / "b.json"))                   # another file in the same folder
+    over.set()
+    assert ended(ranks)[0] == [0]
+    answer.main(flags(world, tmp_path / "a.json"))
+    assert load(tmp_path / "a.json") == load(tmp_path / "b.json") == greedy[0]
+
+
 # -----------------------------------------------------------------------------
 # Mistakes
 
@@ -355,6 +404,41 @@ def test_files_that_are_not_ours_are_left_alone(world, tmp_path):
         refused(world, tmp_path, f"{name}: exists without a.json.settings.json.*choose another --out")
         assert (tmp_path / name).read_text() == "[1]"
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("content", ["my own settings", '{"editor.fontSize": 12}', "[1]", "5"])
+def test_settings_that_are_not_ours_are_left_alone(world, tmp_path, content):
+    (tmp_path / "a.json.settings.json").write_text(content)
+    refused(world, tmp_path, "a.json.settings.json.*(was not written by this program; choose another --out|malformed JSON)")
+    assert (tmp_path / "a.json.settings.json").read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.settings.json", "a.json.partial.0.jsonl"])
+def test_what_is_no_file_in_the_place_of_one(world, tmp_path, name):
+    if "partial" in name:
+        answer.main(flags(world, tmp_path / "a.json"))
+        (tmp_path / "a.json").unlink()
+    os.mkfifo(tmp_path / name)
+    refused(world, tmp_path, f"{name}: (is there already, and is not a file|cannot be read .a pipe or a device, not a file)")
+
+
+def test_an_input_is_never_the_output(world, tmp_path):
+    data = tmp_path / "a.json"
+    data.write_bytes((world / "rows.json").read_bytes())
+    (tmp_path / "link.json").symlink_to(data)
+    for out in (data, tmp_path / "link.json"):
+        refused(world, tmp_path, "is also the data of this run, and would be overwritten", data=data, out=out)
+    assert data.read_bytes() == (world / "rows.json").read_bytes()
+
+
+def test_weights_that_overflow_give_no_answers(world, tmp_path):
+    llava = Llava.from_pretrained(world / "teacher")
+    with torch.no_grad():
+        llava.adaptor.linear_1.bias[3] = 1e6
+    llava.save_pretrained(tmp_path / "large")
+    refused(world, tmp_path, "large: adaptor.linear_1.bias is not finite in float16; .*another --dtype",
+            model=tmp_path / "large", dtype="float16")
+    assert not list(tmp_path.glob("*partial*"))
 
 
 def test_a_folder_that_cannot_be_written(world, tmp_path, monkeypatch):

@@ -121,6 +121,39 @@ def test_pairs_and_lengths(folder, world, capsys):
     assert "1 rows longer than max_length=50" in capsys.readouterr().out
 
 
+OUTPUTS = {
+    "out is the data": (["--out={}/rows.jsonl"], "rows.jsonl: is also the data of this run"),
+    "out is the data, by a link": (["--out={}/link.jsonl"], "link.jsonl: is also the data of this run"),
+    "out is the data, by another path": (["--out={}/sub/../rows.jsonl"], "rows.jsonl: is also the data of this run"),
+    "keep is the data": (["--keep={}/rows.jsonl"], "expected a new FILE.jsonl"),
+    "keep is a link that leads nowhere": (["--keep={}/dangling.jsonl"], "expected a new FILE.jsonl"),
+    "keep is out": (["--out={}/new.jsonl", "--keep={}/sub/../new.jsonl"], "new.jsonl: is also the list of wrong rows"),
+    "out is a picture": (["--out={}/a.png"], "a.png: expected FILE.jsonl"),
+    "out is empty": (["--out="], "--out=: expected FILE.jsonl"),
+    "out is a folder": (["--out={}/folder.jsonl"], "folder.jsonl: is there already, and is not a file"),
+    "out is a device": (["--out={}/device.jsonl"], "device.jsonl: is there already, and is not a file"),
+    "out is below a file": (["--out={}/a.png/new.jsonl"], "new.jsonl: cannot be written (Not a directory)"),
+    "keep is below a file": (["--out={}/new.jsonl", "--keep={}/a.png/x.jsonl"], "x.jsonl: cannot be written (Not a dir"),
+    "keep is in /proc": (["--out={}/new.jsonl", "--keep=/proc/x/y.jsonl"], "/proc/x/y.jsonl: cannot be written"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_where_the_results_go_is_checked_before_the_rows(folder, monkeypatch, kind):
+    arguments, message = OUTPUTS[kind]
+    path = write(folder, [RIGHT[0], FAULTS[0][0]])
+    (folder / "link.jsonl").symlink_to(path)
+    (folder / "dangling.jsonl").symlink_to("nowhere")
+    (folder / "folder.jsonl").mkdir()
+    (folder / "device.jsonl").symlink_to("/dev/null")
+    before = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+    monkeypatch.setattr(check, "check_file", None)
+    with pytest.raises(UserError) as caught:
+        check.main([f"--data={path}", f"--image_dir={folder}", *(each.format(folder) for each in arguments)])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()} == before
+
+
 # -----------------------------------------------------------------------------
 # Shapes of other tools
 

@@ -5,6 +5,7 @@ tools/prepare.py on a miniature of the paper's folders: archives, parquet and JS
 """
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,7 +17,9 @@ from PIL import Image
 import train
 from configurator import UserError
 from engine.index import InstructionData, PreferenceData
+from engine.files import lock
 from model import DECODERS
+from processes import ended, start
 from test_data import qwen_tokenizer, turns
 from tools import download, plan, prepare
 
@@ -92,7 +95,8 @@ def data(tmp_path):
 
 def prepared(data, monkeypatch, *flags):
     monkeypatch.setattr(prepare, "parquet_rows", lambda path: iter(PAIRS))
-    prepare.main([f"--data={data}", "--d2s_rows=180", *flags])
+    has_mixture = not {"--only=unpack", "--only=preferences"} & set(flags)
+    prepare.main([f"--data={data}", *["--d2s_rows=180"] * has_mixture, *flags])
 
 
 def test_from_archives_to_what_the_configs_name(data, tmp_path, monkeypatch, capsys):
@@ -151,6 +155,110 @@ def test_archives_that_are_cut_off_or_lead_out_of_the_folder(data, monkeypatch):
     assert (data / "images/coco/train2017/1.jpg").is_file() and not list(data.parent.rglob("escaped.jpg"))
 
 
+def change(path, *changes):
+    content = bytearray(path.read_bytes())
+    for place, byte in changes:
+        content[place] = byte
+    path.write_bytes(content)
+
+
+def with_header(path, place, byte):
+    """Change a byte of the first file's two headers; in the second all places are 2 bytes later."""
+    change(path, (place, byte), (path.read_bytes().find(b"PK\1\2") + place + 2, byte))
+
+
+def in_place_of(path, make):
+    path.unlink()
+    make(path)
+
+
+TAR_GZ = "archives/internvl/docvqa_train.tar.gz"
+DAMAGED = {
+    "encrypted": ("align/images.zip", lambda path: with_header(path, 6, 1), "is encrypted"),
+    "another compression": ("align/images.zip", lambda path: with_header(path, 8, 93), "compression"),
+    "another checksum of a file": ("align/images.zip", lambda path: change(path, (80, 7)), "CRC"),
+    "another checksum at the end": (TAR_GZ, lambda path: change(path, (-7, path.read_bytes()[-7] ^ 1)), "CRC"),
+    "cut off": (TAR_GZ, lambda path: path.write_bytes(path.read_bytes()[:-9]), "end-of-stream"),
+    "other bytes": (TAR_GZ, lambda path: change(path, *((place, 255) for place in range(60, 80))), ""),
+    "a web page": (TAR_GZ, lambda path: path.write_text("<html>Sign in</html>"), "a web page, not the file itself"),
+    "a pipe": (TAR_GZ, lambda path: in_place_of(path, os.mkfifo), "a pipe or a device, not a file"),
+    "a zip that is a pipe": ("align/images.zip", lambda path: in_place_of(path, os.mkfifo), "a pipe or a device, not a"),
+    "a zip that is a folder": ("align/images.zip", lambda path: in_place_of(path, os.mkdir), "a folder, not a file"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_nothing_of_a_damaged_archive_is_unpacked(data, monkeypatch, kind):
+    name, damage, reason = DAMAGED[kind]
+    damage(data / name)
+    with pytest.raises(UserError) as caught:
+        prepared(data, monkeypatch, "--only=unpack")
+    line = str(caught.value)
+    assert line.startswith(f"{data / name}: is not a whole archive") and reason in line and "\n" not in line
+    assert line.endswith("; fetch it again") and not (data / f"{name}.unpacked").exists()
+    assert not (data / ("images/docvqa" if name == TAR_GZ else "align/images/00000/1.jpg")).exists()
+    assert not list(data.rglob("*.tmp"))
+
+
+def test_a_users_own_files_are_left_alone(data, monkeypatch):
+    """In the place of a picture, and under names that a copy in progress might have."""
+    folder = data / "align/images"
+    for name in ("00000/1.jpg", "00001/2.jpg.part", "00001/2.jpg.tmp", "victim"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+    (folder / "00000/1.jpg.part").symlink_to(folder / "victim")
+    (folder / "00001/2.jpg").symlink_to("nowhere")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"00000/1.jpg: is another file than the one in .*images.zip.* \(1 more like it\);"):
+        prepared(data, monkeypatch, "--only=unpack")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "00000/1.jpg").unlink()
+    (folder / "00001/2.jpg").unlink()
+    prepared(data, monkeypatch, "--only=unpack")
+    assert (folder / "00000/1.jpg").read_bytes() == jpeg(0) and (folder / "00001/2.jpg").read_bytes() == jpeg(1)
+    assert all((folder / name).read_text() == f"mine: {name}" for name in ("victim", "00001/2.jpg.part", "00001/2.jpg.tmp"))
+
+    own = data / "pd/images/part1/3.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    (data / "pd/RLAIF-V-Dataset_000.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="part1/3.jpg: is another picture than the one in .*parquet; move it away"):
+        prepared(data, monkeypatch, "--only=preferences")
+    assert own.read_text() == "mine" and not (data / "pd/rlaif_v.json").exists()
+
+
+def test_an_archive_that_holds_a_name_twice(data, monkeypatch):
+    zipped(data / "archives/coco/train2017.zip", ["train2017/1.jpg", "train2017/./1.jpg", "train2017/2.jpg"])
+    for _ in range(2):
+        prepared(data, monkeypatch, "--only=unpack")
+        assert (data / "images/coco/train2017/1.jpg").read_bytes() == jpeg(0)
+        (data / "archives/coco/train2017.zip.unpacked").unlink()
+
+
+@pytest.mark.parametrize("record", [{}, {"files": "many"}, {"files": None}, [1], "x"])
+def test_an_odd_record_of_an_unpacked_archive(data, record):
+    (data / "align/images.zip.unpacked").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="images.zip.unpacked.* found|images.zip.unpacked: the key .files. is missing"):
+        prepare.main([f"--data={data}", "--only=check"])
+
+
+def test_one_run_at_a_time_and_no_setting_without_effect(data, monkeypatch):
+    def work(rank):
+        prepare.main([f"--data={data}", "--only=mixture", "--d2s_rows=180"])
+    with lock(data / "prepare.lock"):
+        codes, _ = ended(start(1, work))
+        assert codes == [1] and not (data.parent / prepare.MIXTURE).exists()
+        prepare.main([f"--data={data}", "--only=check"])             # only reads
+    prepared(data, monkeypatch, "--only=mixture")
+    with pytest.raises(UserError, match="mix_1400k.jsonl: is there with 180 rows, this run has d2s_rows=170; .*remove"):
+        prepare.main([f"--data={data}", "--only=mixture", "--d2s_rows=170"])
+    for part in ("unpack", "link", "preferences"):
+        with pytest.raises(UserError, match="d2s_rows=7: belongs to the parts mixture and check"):
+            prepare.main([f"--data={data}", f"--only={part}", "--d2s_rows=7"])
+    prepare.main([f"--data={data / 'nowhere'}"])
+    assert not (data / "nowhere").exists()
+
+
 def test_the_mixture_is_the_same_every_time_and_says_what_it_lacks(data, monkeypatch, capsys):
     prepared(data, monkeypatch, "--only=mixture")
     first = (data.parent / prepare.MIXTURE).read_bytes()
@@ -177,6 +285,9 @@ def test_rlaif_vs_parquet(tmp_path):
     (tmp_path / "pd/rlaif_v.json").unlink()
     parquet.write_table(pyarrow.Table.from_pylist([{"question": "x"}]), tmp_path / "pd/RLAIF-V-Dataset_001.parquet")
     with pytest.raises(UserError, match="RLAIF-V-Dataset_001.parquet: has no column ds_name, found question"):
+        prepare.main([f"--data={tmp_path}", "--only=preferences"])
+    in_place_of(tmp_path / "pd/RLAIF-V-Dataset_000.parquet", os.mkfifo)
+    with pytest.raises(UserError, match="RLAIF-V-Dataset_000.parquet: cannot be read .*a pipe or a device, not a file"):
         prepare.main([f"--data={tmp_path}", "--only=preferences"])
     assert not (tmp_path / "pd/rlaif_v.json").exists()
 

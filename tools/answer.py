@@ -16,10 +16,12 @@ are a function of (seed, row, turn): the batch size and the number of ranks do n
 A conversation ends before the first question whose prompt and max_new_tokens exceed max_length; a row without any
 answer is left out. Both are counted, and so are the answers cut off at max_new_tokens, whose text is kept as it is.
 
-Files next to OUT: OUT.settings.json says how the answers were made. OUT.partial.RANK.jsonl hold the rows answered so
-far, until OUT is written; the same command continues from them after an interruption.
+Files next to OUT: OUT.settings.json says how the answers were made, and is locked while a run writes there.
+OUT.partial.RANK.jsonl hold the rows answered so far, until OUT is written; the same command continues from them after an
+interruption. A row whose image has been replaced by one of another size meanwhile is answered again.
 """
 import glob
+import hashlib
 import json
 import os
 import time
@@ -28,16 +30,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 
-from configurator import GREEDY_OR_TEMPERATURE, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run
-from data import IMAGE, load_image, render, require_image, transform_image
+from benchmarks.common import need
+from configurator import (GREEDY_OR_TEMPERATURE, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run,
+                          user_file)
+from data import IMAGE, check_turns, load_image, render, require_image, transform_image
 from engine import prefix
 from engine.distributed import Dist, init_distributed
-from engine.files import digest_of_folder, disk_errors, read_json, sha256_of_file, write_json, write_lines
-from engine.hf import describe_llava, require_tokenizer
+from engine.files import (check_output, digest_of_folder, disk_errors, lock, parse_json, sha256_of_file, write_json,
+                          write_lines)
+from engine.hf import describe_llava, require_finite, require_tokenizer
 from engine.index import read_rows, row_name
 from engine.rows import image_names, llava_row, parse_instruction
 from model import Llava
@@ -65,15 +71,17 @@ def main(argv: list[str]) -> None:
     with dist.sync_errors():
         require_tokenizer(describe_llava(Path(config.model)), config.model)
         rows = read_data(config)
-        settings = answer_settings(config)
+        settings = answer_settings(config, rows)
+        record = open_record(config) if dist.rank == 0 else None     # locked until it is closed at the end of this function
     dist.assert_same(settings)
-    answered = dist.broadcast_from_rank0(lambda: begin_or_resume(config, settings))
+    answered = dist.broadcast_from_rank0(lambda: begin_or_resume(config, settings, rows, record))
     if answered is None:
         return
     todo = [number for number in range(len(rows)) if number not in answered]
     if todo:
         with dist.sync_errors():
             llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), dist.device).eval()
+            require_finite(llava, config.model)
         answer_rows(llava, rows, todo, config, dist)
         dist.all_gather("done")                                      # a barrier: all partial files are complete
     dist.broadcast_from_rank0(lambda: write_out(rows, config))
@@ -98,6 +106,8 @@ def check(config: Config) -> None:
         raise UserError("device is cuda, but torch finds no GPU here; use --device=cpu")
     if not Path(config.out).parent.is_dir():
         raise UserError(f"--out: the folder {Path(config.out).parent} does not exist; create it, or correct the path")
+    for path in (f"{config.out}.settings.json", config.out):
+        check_output(path, {config.data: "data"})
 
 
 def read_data(config: Config) -> list[dict]:
@@ -122,32 +132,63 @@ def questions_of(row: dict) -> list[dict]:
     return row["conversations"][0::2]
 
 
-def answer_settings(config: Config) -> dict:
-    """All that the answers depend on. A run is continued only if nothing here has changed."""
+def image_sizes(row: dict, config: Config) -> list[int]:
+    """Bytes of each of a row's images: what tells that other pictures have taken their names."""
+    return [os.path.getsize(os.path.join(config.image_dir, name)) for name in image_names(row.get("image"))]
+
+
+def answer_settings(config: Config, rows: list[dict]) -> dict:
+    """All that the answers depend on. A run is continued only if nothing here has changed, but see `begin_or_resume`."""
+    sizes = json.dumps([image_sizes(row, config) for row in rows])
     return {"model": config.model, "model_digest": digest_of_folder(config.model),
             "data": config.data, "data_sha256": sha256_of_file(config.data),
+            "image_sizes": hashlib.sha256(sizes.encode()).hexdigest(),
             **{key: config[key] for key in ("temperature", "max_new_tokens", "max_length", "seed", "dtype")}}
 
 
-def begin_or_resume(config: Config, settings: dict) -> set[int] | None:
-    """The numbers of the rows that the interrupted run has answered; None if the run is finished."""
-    record, partial_files = Path(f"{config.out}.settings.json"), find_partial_files(config)
-    finished = Path(config.out).exists()
-    if finished or partial_files:
-        found = config.out if finished else partial_files[0]
-        if not record.exists():
-            raise UserError(f"{found}: exists without {record.name}, which says how it was made; choose another --out")
-        earlier = read_json(record)
+def open_record(config: Config) -> TextIO:
+    """OUT.settings.json, locked: two runs must not write to one OUT."""
+    path, found = Path(f"{config.out}.settings.json"), find_earlier_files(config)
+    if found and not path.exists():
+        raise UserError(f"{found[0]}: exists without {path.name}, which says how it was made; choose another --out")
+    return lock(path, place=config.out)
+
+
+def begin_or_resume(config: Config, settings: dict, rows: list[dict], record: TextIO) -> set[int] | None:
+    """The numbers of the rows that the interrupted run has answered; None if the run is finished.
+
+    Images may be replaced until then, such as a damaged one that stopped it: each row's record tells of its own.
+    """
+    record.seek(0)
+    earlier = parse_json(record.read() or "{}", str(record.name))
+    if earlier != {} and not (isinstance(earlier, dict) and "model_digest" in earlier):
+        raise UserError(f"{record.name}: is there, and was not written by this program; choose another --out")
+    found, finished = find_earlier_files(config), os.path.exists(config.out)
+    if found:
         for key, value in settings.items():
-            if earlier.get(key) != value:
-                raise UserError(f"{found}: was made with {key}={earlier.get(key)!r}, this run has {value!r}; choose "
+            may_change = key == "image_sizes" and key in earlier and not finished
+            if earlier.get(key) != value and not may_change:
+                raise UserError(f"{found[0]}: was made with {key}={earlier.get(key)!r}, this run has {value!r}; choose "
                                 f"another --out, or remove {config.out} and all {config.out}.*")
     if finished:
         remove_partial_files(config)                                 # a run may be killed between its last two steps
         print(f"{config.out}: this run is finished already; nothing to do")
         return None
-    write_json(record, settings)
-    records = read_partial_files(config)
+    if earlier != settings:
+        with disk_errors(Path(record.name)):                         # in place: a new file would not be locked
+            record.truncate(0)
+            record.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            record.flush()
+            os.fsync(record.fileno())
+    written = read_partial_files(config)
+    records = {number: each for number, each in written.items()
+               if number in range(len(rows)) and each["image_sizes"] == image_sizes(rows[number], config)}
+    if len(records) < len(written):                                  # some rows have other images now
+        whole = Path(f"{config.out}.partial.0.jsonl")
+        write_lines(whole, list(records.values()))
+        for path in find_partial_files(config):
+            if path != whole:
+                path.unlink()
     if records:
         print(f"{config.out}: continues, {len(records):,} rows were answered earlier", flush=True)
     return set(records)
@@ -218,12 +259,14 @@ def answer_batch(llava: Llava, rows: list[dict], batch: list[int], pixels: dict[
     """
     Answer the rows with these numbers: all their first questions at once, then all their second ones, and so on.
 
-    -> a record per row, as in a partial file: {"row", "conversations", "unfinished": answers without an end token}.
+    -> a record per row, as in a partial file: {"row", "image_sizes", "conversations", "unfinished": answers without an end
+    token}.
     """
     model, device = llava.config, llava.decoder.embedding.weight.device
     ends = set(model.eos_token_id if isinstance(model.eos_token_id, list) else [model.eos_token_id])
     questions = [questions_of(rows[number]) for number in batch]
-    records = [{"row": number, "conversations": [], "unfinished": 0} for number in batch]
+    records = [{"row": number, "image_sizes": image_sizes(rows[number], config), "conversations": [], "unfinished": 0}
+               for number in batch]
     for turn in range(max(map(len, questions))):
         prompts, images = {}, {}                                     # place in the batch -> ids, names of images
         for i, turns in enumerate(record["conversations"] for record in records):
@@ -255,6 +298,10 @@ def find_partial_files(config: Config) -> list[Path]:
     return sorted(map(Path, glob.glob(f"{glob.escape(config.out)}.partial.*.jsonl")))
 
 
+def find_earlier_files(config: Config) -> list[Path]:
+    return [Path(config.out)] * os.path.exists(config.out) + find_partial_files(config)
+
+
 def remove_partial_files(config: Config) -> None:
     for path in find_partial_files(config):
         path.unlink()
@@ -269,13 +316,20 @@ def append_records(path: Path, records: list[dict]) -> None:
 
 
 def read_partial_files(config: Config) -> dict[int, dict]:
-    """{row number: its record}, from however many ranks. Half a line is skipped; its row is answered again."""
+    """{row number: its record}, from however many ranks. Half a line, or what is no record, is skipped; its row is
+    answered again."""
     records = {}
     for path in find_partial_files(config):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with user_file(path) as file:
+            lines = file.read().decode(errors="replace").split("\n")
+        for line in lines:
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line, str(path))
+                for key, kind in {"row": int, "image_sizes": list, "conversations": list, "unfinished": int}.items():
+                    need(record, key, kind, str(path))
+                if record["conversations"]:                          # none if the first question did not fit
+                    check_turns(record["conversations"])
+            except UserError:
                 continue
             records[record["row"]] = record
     return records

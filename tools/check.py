@@ -24,7 +24,7 @@ import numpy as np
 
 from configurator import POSITIVE, Config, Stopped, UserError, check_uses, check_values, cut, load_config, run
 from data import load_image, require_image
-from engine.files import write_lines
+from engine.files import check_output, write_lines
 from engine.hf import describe_llava, require_tokenizer
 from engine.index import measure, parse_sources, read_rows, row_name
 from engine.rows import parse_instruction, parse_pair
@@ -35,7 +35,7 @@ DEFAULTS = dict(
     decode=False,               # read and decode every image: about 100 a second and core
     model="",                   # a LLaVA folder whose tokenizer measures the rows
     max_length=2048,            # with --model: how many rows are longer?
-    out="wrong_rows.jsonl",     # where all wrong rows are listed
+    out="wrong_rows.jsonl",     # FILE.jsonl that lists all wrong rows
     keep="",                    # FILE.jsonl for the rows that are right, as they are; empty: none is written
 )
 SHOWN = 20
@@ -49,8 +49,14 @@ def main(argv: list[str]) -> None:
     if not config.data:
         raise UserError("--data is missing; give --data=FILE.json or FILE.jsonl")
     sources = parse_sources(config.data)
-    if config.keep and (len(sources) > 1 or not config.keep.endswith(".jsonl") or os.path.exists(config.keep)):
+    if config.keep and (len(sources) > 1 or not config.keep.endswith(".jsonl") or os.path.lexists(config.keep)):
         raise UserError(f"--keep={config.keep}: expected a new FILE.jsonl, for the rows of one data file")
+    if not config.out.endswith(".jsonl"):
+        raise UserError(f"--out={config.out}: expected FILE.jsonl")
+    inputs = {path: "data" for path, _ in sources}
+    check_output(config.out, inputs)
+    if config.keep:
+        check_output(config.keep, inputs | {config.out: "list of wrong rows (--out)"})
     wrong, rows = [], 0
     for path, _ in sources:
         found, lines = check_file(path, config)

@@ -32,7 +32,7 @@ from urllib.parse import quote, urljoin
 
 import requests
 
-from configurator import Stopped, UserError, expected, load_config, run
+from configurator import Stopped, UserError, check_uses, expected, load_config, run
 from engine.files import disk_errors, readable
 from engine.http import FAILURES, Login, proxies
 
@@ -373,6 +373,8 @@ def count_rows(path: Path) -> int:
 
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
+    of_a_download = [key for key in DEFAULTS if key != "manifest"]
+    check_uses(config, DEFAULTS, [(of_a_download, not config.manifest, "a download, without --manifest")])
     if config.manifest:
         return show_manifest(config.manifest)
     name, patterns = config.model or config.dataset, [item.strip() for item in config.files.split(",") if item.strip()]

@@ -210,6 +210,12 @@ def test_a_folder_is_made_with_its_parents(tmp_path, monkeypatch):
     assert (tmp_path / "f" / "g").read_text() == "x"
 
 
+@pytest.mark.parametrize("path", ["", ".", "/", Path("")])
+def test_a_name_that_names_no_file(path):
+    with pytest.raises(UserError, match="names no file to write; give the name of one"):
+        files.write_json(path, {})
+
+
 # -----------------------------------------------------------------------------
 # The teacher cache: what is read is what was written
 

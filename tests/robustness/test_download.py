@@ -797,3 +797,10 @@ def test_the_manifest_is_printed(capsys):
     for entry in download.read_manifest("d2d"):
         for key in ("name", "published", "path", "licence", "unclear"):
             assert (entry[key] or "") in text
+
+
+@pytest.mark.parametrize("flag", ["--model=a/b", "--dataset=a/b", "--to=x", "--files=a", "--endpoint=http://h",
+                                  "--revision=v1"])
+def test_a_list_takes_no_settings_of_a_download(flag):
+    with pytest.raises(UserError, match="belongs to a download, without --manifest; here it would be ignored"):
+        download.main(["--manifest=d2d", flag])

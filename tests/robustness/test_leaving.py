@@ -98,6 +98,34 @@ def test_a_program_whose_output_nothing_reads_ends(lines, target, code, said):
     assert (done.returncode, done.stderr) == (code, said)
 
 
+WRITING = """
+import sys
+from configurator import run
+from engine.files import atomic
+def main(argv):
+    with atomic(argv[0]) as tmp, open(tmp, "w") as file:
+        for i in range(int(argv[1])):
+            print("a line of some length", i, flush=argv[2:] == ["flush"])
+        file.write("x")
+run(main, "A program.", {"key": 1})
+"""
+
+
+@pytest.mark.parametrize("lines", [["1", "flush"], ["100000"]])
+@pytest.mark.parametrize("target, code, said", [
+    ("pipe", 141, ""), ("/dev/full", 2, "error: standard output: No space left on device\n")])
+def test_an_error_of_the_output_is_not_blamed_on_the_file_that_is_written(tmp_path, lines, target, code, said):
+    reader, file = os.pipe()
+    os.close(reader)
+    if target != "pipe":
+        os.close(file)
+        file = os.open(target, os.O_WRONLY)
+    command = [sys.executable, "-c", WRITING, tmp_path / "a.txt", *lines]
+    done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True)
+    os.close(file)
+    assert (done.returncode, done.stderr) == (code, said) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error, line", [
     ("OSError(13, 'Permission denied', '/some/file')", "error: /some/file: Permission denied"),
     ("OSError(29, 'Illegal seek')", "error: Illegal seek"), ("OSError('no image\\nat all')", "error: no image at all"),

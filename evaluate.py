@@ -147,7 +147,7 @@ def check_out_dir(config: Config) -> None:
     """UserError if a file of the user's, or one that this run reads, would be overwritten."""
     out_dir = Path(config.out_dir)
     for name in config.benchmark.split(","):
-        refuse_inputs(out_dir / name / "scored.jsonl", {key: config[key] for key in ("answers", "questions")})
+        refuse_inputs(out_dir / name / "scored.jsonl", [(key, config[key]) for key in ("answers", "questions")])
     found = [name for name in ("results.json", "results.md") if (out_dir / name).exists()]
     if found and not (out_dir / "results.lock").exists():            # `report` makes it first
         raise UserError(f"{out_dir}: holds files that evaluate.py did not write ({', '.join(found)}); choose another "

@@ -121,17 +121,14 @@ def write_lines(path: str | Path, rows: list) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def check_output(path: str | Path, others: dict[str, str]) -> None:
+def check_output(path: str | Path, others: list[tuple[str, str]]) -> None:
     """UserError unless a file can be written at `path`: to be asked before the work whose result it will hold.
 
-    others: {path: what it is}, the other files of the same run; none of them may be `path`.
+    others: (name, path) of the other files of the same run; none of them may be `path`.
     """
     path = Path(path)
+    refuse_inputs(path, others)
     with disk_errors(path):
-        for other, what in others.items():
-            if os.path.realpath(other) == os.path.realpath(path) or \
-                    os.path.exists(other) and path.exists() and path.samefile(other):
-                raise UserError(f"{path}: is also the {what} of this run, and would be overwritten; choose another file")
         if os.path.lexists(path) and not path.is_file():
             raise UserError(f"{path}: is there already, and is not a file; choose another name")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
@@ -168,7 +165,7 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not folder.exists():
             return
-        refuse_inputs(folder, inputs or {})
+        refuse_inputs(folder, list((inputs or {}).items()))
         names = sorted(os.listdir(folder))
         found = read_text(folder / MARK).strip() if MARK in names else ""
     if found == owner or not found and names in ([], [MARK]):        # [MARK]: killed while it made the folder
@@ -177,10 +174,11 @@ def check_owner(folder: str | Path, owner: str, inputs: dict[str, str | None] | 
     raise UserError(f"{folder}: {made_by}; choose another folder, a new or empty one")
 
 
-def refuse_inputs(output: str | Path, inputs: dict[str, str | None]) -> None:
-    """UserError if `output`, a file or folder, is one that the same run reads. inputs: {name: path}."""
-    for name, path in inputs.items():
-        if path and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
+def refuse_inputs(output: str | Path, inputs: list[tuple[str, str | None]]) -> None:
+    """UserError if `output`, a file or folder, is one that the same run reads. inputs: (name, path) of each."""
+    for name, path in inputs:
+        if path and (os.path.realpath(path) == os.path.realpath(output)
+                     or os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output)):
             raise UserError(f"{output}: is also the {name} of this run, and would be overwritten; choose another place for "
                             "the output")
 

@@ -107,7 +107,7 @@ def check(config: Config) -> None:
     if not Path(config.out).parent.is_dir():
         raise UserError(f"--out: the folder {Path(config.out).parent} does not exist; create it, or correct the path")
     for path in (f"{config.out}.settings.json", config.out):
-        check_output(path, {config.data: "data"})
+        check_output(path, [("data", config.data)])
 
 
 def read_data(config: Config) -> list[dict]:

@@ -53,10 +53,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--keep={config.keep}: expected a new FILE.jsonl, for the rows of one data file")
     if not config.out.endswith(".jsonl"):
         raise UserError(f"--out={config.out}: expected FILE.jsonl")
-    inputs = {path: "data" for path, _ in sources}
+    inputs = [("data", path) for path, _ in sources]
     check_output(config.out, inputs)
     if config.keep:
-        check_output(config.keep, inputs | {config.out: "list of wrong rows (--out)"})
+        check_output(config.keep, [*inputs, ("list of wrong rows (--out)", config.out)])
     wrong, rows = [], 0
     for path, _ in sources:
         found, lines = check_file(path, config)

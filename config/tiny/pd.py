@@ -11,6 +11,6 @@ dtype = "float32"
 batch_size = 32
 micro_batch_size = 32
 max_steps = 124             # 32 x 124 = once over 4,000 pairs
-learning_rate = 1.5e-4      # 2e-4, or a second pass over the pairs, costs coverage: captions run on or stop early
+learning_rate = 1e-4        # twice as much, or a second pass over the pairs, costs coverage: captions run on or stop early
 grad_clip = 1.0
 max_length = 128

@@ -221,17 +221,15 @@ def eight_bits(image):
     return Image.fromarray(np.uint8(np.rint(levels.clip(min=0) * (255 / white))))
 
 
-def require_image(path: str, known: set[str]) -> None:
-    """UserError unless the image file is there. known: the paths found before."""
-    if path in known:
-        return
+def image_size(path: str) -> int:
+    """Bytes of an image file; UserError unless it is there."""
     if not os.path.isfile(path):
         found = " as a file" if os.path.exists(path) else ""
         # OCR-VQA's pictures, for one, come as .gif and .png, and its rows call all of them .jpg.
         others = glob.glob(glob.escape(os.path.splitext(path)[0]) + ".*") if "\0" not in path else []
         near = f" (there is {os.path.basename(others[0])})" if others and path not in others else ""
         raise UserError(f"image {path!r} does not exist{found}; check image_dir and the name{near}")
-    known.add(path)
+    return os.path.getsize(path)
 
 
 def load_image(source: str | Path | BinaryIO, upright: bool = True) -> Image.Image:

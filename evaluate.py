@@ -248,19 +248,16 @@ def check_images(benchmark: Benchmark) -> None:
                 raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
 
 
-def job_id(question: Question, root: Path, sizes: bool = True) -> str:
+def job_id(question: Question, root: Path) -> str:
     """
-    Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs. sizes: of the image
-    files, a cheap sign that they are the same pictures, wherever they are now.
+    Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs.
+
+    -> "DIGEST-SIZE-SIZE...", the sizes of the image files: a cheap sign that they are the same pictures, wherever they are.
     """
-    images = []
-    for image in question.images:
-        if isinstance(image, Path):
-            size = f" {image.stat().st_size}" if sizes else ""
-            image = (os.path.relpath(image, root) + size).encode()
-        images.append(image)
+    images = [os.path.relpath(image, root).encode() if isinstance(image, Path) else image for image in question.images]
     digests = b"".join(hashlib.sha256(image).digest() for image in images or [b""])
-    return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32]
+    sizes = [f"-{image.stat().st_size}" for image in question.images if isinstance(image, Path)]
+    return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32] + "".join(sizes)
 
 
 def digest_of_model(config: Config) -> str:
@@ -274,7 +271,7 @@ def answer_settings(benchmark: Benchmark, jobs: list[str], model: dict, config: 
     All that the answers depend on, kept next to them in settings.json. An interrupted run is continued, and finished
     answers are reused, only if nothing here has changed, the weights and the questions included.
     """
-    without_sizes = [job_id(question, benchmark.root, sizes=False) for question in benchmark.questions]
+    without_sizes = [job.partition("-")[0] for job in jobs]
     return {"model": model["name"], "model_digest": model["digest"],
             "questions": hashlib.sha256("".join(without_sizes).encode()).hexdigest()[:12],
             "images": hashlib.sha256("".join(jobs).encode()).hexdigest()[:12],

@@ -93,8 +93,7 @@ def atomic(path: str | Path, size: int | None = None, note: str = "", unique: bo
     with disk_errors(path, size, note):
         try:
             make_folder(path.parent)
-            if path.exists() and not path.is_file():
-                raise UserError(f"{path}: is a folder, a pipe or a device, and a file is to be written; choose another name")
+            refuse_others(path)
             if size is not None and shutil.disk_usage(path.parent).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield tmp
@@ -129,10 +128,15 @@ def check_output(path: str | Path, others: list[tuple[str, str]]) -> None:
     path = Path(path)
     refuse_inputs(path, others)
     with disk_errors(path):
-        if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path}: is there already, and is not a file; choose another name")
+        refuse_others(path)
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         tempfile.TemporaryFile(dir=parent).close()                   # has no name, and leaves nothing
+
+
+def refuse_others(path: Path) -> None:
+    """UserError if there is a folder, a pipe, a device or a link to nothing at `path`, where a file is to be written."""
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path}: is there already, and is not a file; choose another name")
 
 
 def sync(path: Path) -> None:

@@ -72,10 +72,11 @@ def check_settings(config: Config) -> None:
                         "0; set one of them, or leave the teacher out (d2d without one is stage sft)")
     if config.stage != "pd" and not config.ce_weight and not (distills and signals):
         raise UserError("ce_weight is 0, and so is every other weight of a loss: nothing would be trained; set one of them")
-    run, cache = Path(os.path.realpath(config.out_dir)), Path(os.path.realpath(config.teacher_cache))
-    if config.teacher_cache and (run.is_relative_to(cache) or cache.is_relative_to(run)):
-        raise UserError(f"teacher_cache={config.teacher_cache} and out_dir={config.out_dir} are one folder, or one lies in "
-                        "the other; choose two that are apart")
+    if config.teacher_cache:
+        run, cache = Path(os.path.realpath(config.out_dir)), Path(os.path.realpath(config.teacher_cache))
+        if run.is_relative_to(cache) or cache.is_relative_to(run):
+            raise UserError(f"teacher_cache={config.teacher_cache} and out_dir={config.out_dir} are one folder, or one lies "
+                            "in the other; choose two that are apart")
     if config.on_policy and config.parallel == "fsdp":
         raise UserError("on_policy samples from the whole student, and parallel=fsdp keeps a shard of it per rank: say "
                         "--parallel=ddp")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import POSITIVE, Config, Stopped, UserError, check_uses, check_values, cut, load_config, run
-from data import load_image, require_image
+from data import image_size, load_image
 from engine.files import check_output, write_lines
 from engine.hf import describe_llava, require_tokenizer
 from engine.index import measure, parse_sources, read_rows, row_name
@@ -84,7 +84,7 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
     """A data file -> its wrong rows, and what to say about it."""
     wrong, pictures, lengths, with_image, number = [], {}, [], 0, -1      # pictures: path -> the rows that name it
     llava = open_model(config)
-    parse, known, reported = None, set(), time.time()
+    parse, reported = None, time.time()
     for number, (_, _, row) in enumerate(read_rows(path, lenient=True)):
         try:
             if isinstance(row, UserError):
@@ -94,7 +94,8 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
             check_text(row)
             paths = [os.path.join(config.image_dir, name) for name in names]
             for image in paths:
-                require_image(image, known)
+                if image not in pictures:
+                    image_size(image)                                # is it there?
                 pictures.setdefault(image, []).append(number)
             with_image += bool(names)
             if llava is not None:

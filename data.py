@@ -186,9 +186,9 @@ def transform_image(image: Image.Image, size: int = 336, pad: bool = True) -> to
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
 
-    pixels = np.array(image, dtype=np.float32) / 255  # (S, S, 3)
-    pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, S, S)
+    pixels = np.array(image).transpose(2, 0, 1).astype(np.float32, order="C") / 255  # (3, S, S)
+    mean, std = (np.float32(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return torch.from_numpy((pixels - mean) / std)
 
 
 def bound_sides(image, pad):

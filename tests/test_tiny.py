@@ -438,7 +438,7 @@ def test_a_drawing_replaces_a_file_and_nothing_else(tmp_path, monkeypatch, capsy
         tiny.main([*arguments, f"--out={tmp_path / name}"])
         assert Image.open(tmp_path / name).format == "PNG" and "a red bus and a label with 7" in capsys.readouterr().out
     assert (tmp_path / "mine.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="folder.png: is a folder"):
+    with pytest.raises(UserError, match="folder.png: is there already, and is not a file"):
         tiny.main([*arguments, f"--out={tmp_path / 'folder.png'}"])
 
     def fails(image, path):

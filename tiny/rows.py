@@ -119,7 +119,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def save_png(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "PNG", compress_level=1)
+    image.save(path, "PNG", compress_level=0)    # 2 times the bytes, half the time to read
 
 
 def scene_record(image: str, scene: Scene) -> dict:

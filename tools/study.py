@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+import torch._dynamo                                               # AdamW imports it, which takes a second
 
 import evaluate
 import tiny.__main__

@@ -221,8 +221,8 @@ def eight_bits(image):
     return Image.fromarray(np.uint8(np.rint(levels.clip(min=0) * (255 / white))))
 
 
-def image_size(path: str) -> int:
-    """Bytes of an image file; UserError unless it is there."""
+def image_bytes(path: str) -> int:
+    """The size of an image file; UserError unless it is there."""
     if not os.path.isfile(path):
         found = " as a file" if os.path.exists(path) else ""
         # OCR-VQA's pictures, for one, come as .gif and .png, and its rows call all of them .jpg.

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from configurator import UserError, expected, shorten, user_file
-from data import IMAGE, TEMPLATES, image_size, load_image, render, transform_image
+from data import IMAGE, TEMPLATES, image_bytes, load_image, render, transform_image
 from engine.files import atomic, refuse_stand_in, sha256_of_file
 from engine.rows import parse_instruction, parse_pair
 
@@ -334,7 +334,7 @@ class RowData(torch.utils.data.Dataset):
                                     for conversation in conversations])
         for name in names:  # whether an image can be decoded shows when it is read
             if name not in images:
-                images[name] = image_size(os.path.join(self.image_dir, name))
+                images[name] = image_bytes(os.path.join(self.image_dir, name))
         if 0 in min_lengths:
             return max(tokens), 0
         texts = [[turn["value"] for turn in conversation] for conversation in conversations]

@@ -38,7 +38,7 @@ import torch
 from benchmarks.common import need
 from configurator import (GREEDY_OR_TEMPERATURE, NON_NEGATIVE, POSITIVE, Config, UserError, check_values, load_config, run,
                           user_file)
-from data import IMAGE, check_turns, image_size, load_image, render, transform_image
+from data import IMAGE, check_turns, image_bytes, load_image, render, transform_image
 from engine import prefix
 from engine.distributed import Dist, init_distributed
 from engine.files import (check_output, digest_of_folder, disk_errors, lock, parse_json, sha256_of_file, write_json,
@@ -120,7 +120,7 @@ def read_data(config: Config) -> list[dict]:
             json.dumps(row, ensure_ascii=False).encode()             # half a surrogate pair cannot be written
             for name in names:
                 if name not in images:
-                    image_size(os.path.join(config.image_dir, name))
+                    image_bytes(os.path.join(config.image_dir, name))
                     images.add(name)
         except (UserError, UnicodeEncodeError) as error:
             raise UserError(f"{row_name(config.data, number, row)}: {error}") from None

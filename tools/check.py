@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import POSITIVE, Config, Stopped, UserError, check_uses, check_values, cut, load_config, run
-from data import image_size, load_image
+from data import image_bytes, load_image
 from engine.files import check_output, write_lines
 from engine.hf import describe_llava, require_tokenizer
 from engine.index import measure, parse_sources, read_rows, row_name
@@ -95,7 +95,7 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
             paths = [os.path.join(config.image_dir, name) for name in names]
             for image in paths:
                 if image not in pictures:
-                    image_size(image)                                # is it there?
+                    image_bytes(image)                               # is it there?
                 pictures.setdefault(image, []).append(number)
             with_image += bool(names)
             if llava is not None:

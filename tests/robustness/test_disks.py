@@ -24,15 +24,17 @@ from test_faults import same
 from test_train import flags
 
 
-@pytest.mark.parametrize("name", ["folder", "pipe", "link"])
+@pytest.mark.parametrize("name", ["folder", "pipe", "link", "nowhere"])
 def test_only_a_file_is_replaced_by_a_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     os.mkfifo("pipe")
     Path("link").symlink_to("/dev/null")
-    with pytest.raises(UserError, match="a folder, a pipe or a device"):
+    Path("nowhere").symlink_to("a file that does not exist")
+    with pytest.raises(UserError, match=f"{name}: is there already, and is not a file"):
         files.write_text(name, "x")
-    assert sorted(os.listdir()) == ["folder", "link", "pipe"] and Path("pipe").is_fifo() and Path("link").is_symlink()
+    assert sorted(os.listdir()) == ["folder", "link", "nowhere", "pipe"] and Path("pipe").is_fifo()
+    assert Path("link").is_symlink() and Path("nowhere").is_symlink()
 
 
 # -----------------------------------------------------------------------------

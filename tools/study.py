@@ -17,6 +17,7 @@ this process, which has torch and the programs loaded already: starting Python a
 training (docs/study.md). OUT_DIR/seed_N/jobs/NAME.json says what is done and how much CPU time it took.
 """
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -34,7 +35,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import torch._dynamo                                               # AdamW imports it, which takes a second
 
 import evaluate
 import tiny.__main__
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
     for seed, arm in wanted:
         study.add_judging(seed, arm)
     print(f"{len(wanted)} runs to do, {len(study.lines)} are in {config.results}; {config.jobs} at a time", flush=True)
+    importlib.import_module("torch._dynamo")   # AdamW imports it, for a second: here once, and not in every forked copy
     study.run()
 
 

@@ -25,7 +25,6 @@ from configurator import (POSITIVE, NON_NEGATIVE, Config, Stopped, UserError, ch
 import difflib
 import hashlib
 import importlib
-import io
 import json
 import os
 import re
@@ -38,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import Benchmark, Question, need
+from benchmarks.common import Benchmark, Question, decode_image, need
 from benchmarks.paper import markdown, other_files, our_row
 from data import as_text, load_image, render, transform_image
 from engine import prefix
@@ -201,8 +200,7 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
         folder = Path(config.out_dir) / benchmark.name
         if rank == 0:
             claim_folder(folder, model, config)
-        check_images(benchmark)
-        jobs = [job_id(question, benchmark.root) for question in benchmark.questions]
+        jobs = [job_id(question, benchmark) for question in benchmark.questions]
         todo = open_jobs(benchmark, jobs, folder, model, config, rank, world_size)
         if todo:
             llava = llava or load_model(config)
@@ -241,23 +239,22 @@ def barrier(world_size: int) -> None:
         dist.barrier()
 
 
-def check_images(benchmark: Benchmark) -> None:
-    for question in benchmark.questions:
-        for image in question.images:
-            if isinstance(image, Path) and not image.is_file():
-                raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
-
-
-def job_id(question: Question, root: Path) -> str:
+def job_id(question: Question, benchmark: Benchmark) -> str:
     """
     Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs.
 
     -> "DIGEST-SIZE-SIZE...", the sizes of the image files: a cheap sign that they are the same pictures, wherever they are.
+    UserError if one of them is not there.
     """
-    images = [os.path.relpath(image, root).encode() if isinstance(image, Path) else image for image in question.images]
-    digests = b"".join(hashlib.sha256(image).digest() for image in images or [b""])
-    sizes = [f"-{image.stat().st_size}" for image in question.images if isinstance(image, Path)]
-    return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32] + "".join(sizes)
+    digests, sizes = b"", ""
+    for image in question.images or [b""]:
+        if isinstance(image, Path):
+            if not image.is_file():
+                raise UserError(f"{question.where}: image {image} does not exist; {benchmark.image_hint}")
+            sizes += f"-{image.stat().st_size}"
+            image = os.path.relpath(image, benchmark.root).encode()
+        digests += hashlib.sha256(image).digest()
+    return hashlib.sha256(digests + question.model_prompt.encode()).hexdigest()[:32] + sizes
 
 
 def digest_of_model(config: Config) -> str:
@@ -385,10 +382,7 @@ def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) 
     if isinstance(image, Path):
         image = load_image(str(image), upright=question.upright)
     else:
-        try:
-            image = load_image(io.BytesIO(image))
-        except UserError:
-            raise UserError(f"{question.where}: the base64 is not a readable image; replace the file") from None
+        image = decode_image(image, question.where)
     return transform_image(image, size, pad=not crop)                # (3, S, S)
 
 

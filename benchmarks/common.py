@@ -6,11 +6,15 @@ come from many places and releases; its `score` is the official rule. evaluate.p
 complete example is gqa.py.
 """
 import base64
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from configurator import Config, UserError, expected, shorten
+from data import load_image
 from engine.files import read_json, read_rows
 
 HINT = "check --data; docs/benchmarks.md says which file goes where"
@@ -135,6 +139,14 @@ def decode_base64(text: str, where: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError:
         raise UserError(f"{where}: the image should be base64, found {shorten(text)}; replace the file") from None
+
+
+def decode_image(content: bytes, where: str) -> Image.Image:
+    """A picture that came as base64, as RGB. Not turned as its EXIF data say: the official scripts do not."""
+    try:
+        return load_image(io.BytesIO(content), upright=False)
+    except UserError:
+        raise UserError(f"{where}: the base64 is not a readable image; replace the file") from None
 
 
 def without_suffix(prompt: str) -> str:

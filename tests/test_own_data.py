@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers.image_utils import load_image as transformers_load_image
 
+import evaluate
 import train
+from benchmarks.common import Question
 from data import load_image
 from engine.rows import parse_instruction, parse_pair
 from test_evaluate import put, scripted  # noqa: F401: scripted is a fixture
@@ -69,6 +72,9 @@ def test_own_questions_are_about_upright_photos_and_official_ones_are_not(script
                            f"--out_dir={tmp_path / 'official'}", "--crop")
     lying = model.pixels[0][0]
     assert code == 0 and lying[0, 14, 3] > 1 > lying[0, 14, 24]
+
+    content = (tmp_path / "vizwiz/val/a.jpg").read_bytes()             # as a row of MMBench or ObjHal ships it
+    assert torch.equal(evaluate.load_pixels(content, Question(1, "What?", content, "row 1"), 28, crop=True), lying)
 
 
 def test_the_rows_of_the_page_are_read():

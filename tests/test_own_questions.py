@@ -60,7 +60,7 @@ def test_other_pictures_of_the_same_names_are_noticed(scripted, tmp_path, capsys
     one_line(capsys, "out/own: holds answers made with images", "choose another --out_dir")
     own = evaluate.open_benchmark("own", evaluate.load_config(evaluate.DEFAULTS, command))
     put(tmp_path / "out/own/answers.partial.0.jsonl", [
-        {"job": evaluate.job_id(question, own.root), "text": "red"} for question in own.questions])
+        {"job": evaluate.job_id(question, own), "text": "red"} for question in own.questions])
     (tmp_path / "out/own/answers.jsonl").unlink()                       # as if the run had been interrupted:
     code, model = scripted(SCRIPT, *moved)                              # only the new picture is asked about again
     assert code == 0 and model.asked == ["<image>\nHow many?"]

@@ -70,11 +70,11 @@ def main(argv: list[str]) -> None:
     config.dtype = config.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
     with dist.sync_errors():
         require_tokenizer(describe_llava(Path(config.model)), config.model)
-        rows = read_data(config)
-        settings = answer_settings(config, rows)
+        rows, image_sizes = read_data(config)
+        settings = answer_settings(config, image_sizes)
         record = open_record(config) if dist.rank == 0 else None     # locked until it is closed at the end of this function
     dist.assert_same(settings)
-    answered = dist.broadcast_from_rank0(lambda: begin_or_resume(config, settings, rows, record))
+    answered = dist.broadcast_from_rank0(lambda: begin_or_resume(config, settings, image_sizes, record))
     if answered is None:
         return
     todo = [number for number in range(len(rows)) if number not in answered]
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         with dist.sync_errors():
             llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), dist.device).eval()
             require_finite(llava, config.model)
-        answer_rows(llava, rows, todo, config, dist)
+        answer_rows(llava, rows, image_sizes, todo, config, dist)
         dist.all_gather("done")                                      # a barrier: all partial files are complete
     dist.broadcast_from_rank0(lambda: write_out(rows, config))
 
@@ -110,41 +110,36 @@ def check(config: Config) -> None:
         check_output(path, [("data", config.data)])
 
 
-def read_data(config: Config) -> list[dict]:
-    """All rows, each of them checked."""
-    rows, images = [], set()                                         # images known to exist
+def read_data(config: Config) -> tuple[list[dict], list[list[int]]]:
+    """All rows, each of them checked, and the bytes of each row's images: they tell that other pictures have taken their
+    names."""
+    rows, image_sizes, known = [], [], {}                            # known: image -> its bytes
     for number, (_, _, row) in enumerate(read_rows(config.data)):
         try:
             row = llava_row(row)
             names, _ = parse_instruction(row)
             json.dumps(row, ensure_ascii=False).encode()             # half a surrogate pair cannot be written
             for name in names:
-                if name not in images:
-                    image_bytes(os.path.join(config.image_dir, name))
-                    images.add(name)
+                if name not in known:
+                    known[name] = image_bytes(os.path.join(config.image_dir, name))
         except (UserError, UnicodeEncodeError) as error:
             raise UserError(f"{row_name(config.data, number, row)}: {error}") from None
         rows.append(row)
+        image_sizes.append([known[name] for name in names])
     if not rows:
         raise UserError(f"{config.data}: has no rows; check the file")
-    return rows
+    return rows, image_sizes
 
 
 def questions_of(row: dict) -> list[dict]:
     return row["conversations"][0::2]
 
 
-def image_sizes(row: dict, config: Config) -> list[int]:
-    """Bytes of each of a row's images: what tells that other pictures have taken their names."""
-    return [os.path.getsize(os.path.join(config.image_dir, name)) for name in image_names(row.get("image"))]
-
-
-def answer_settings(config: Config, rows: list[dict]) -> dict:
+def answer_settings(config: Config, image_sizes: list[list[int]]) -> dict:
     """All that the answers depend on. A run is continued only if nothing here has changed, but see `begin_or_resume`."""
-    sizes = json.dumps([image_sizes(row, config) for row in rows])
     return {"model": config.model, "model_digest": digest_of_folder(config.model),
             "data": config.data, "data_sha256": sha256_of_file(config.data),
-            "image_sizes": hashlib.sha256(sizes.encode()).hexdigest(),
+            "image_sizes": hashlib.sha256(json.dumps(image_sizes).encode()).hexdigest(),
             **{key: config[key] for key in ("temperature", "max_new_tokens", "max_length", "seed", "dtype")}}
 
 
@@ -156,7 +151,7 @@ def open_record(config: Config) -> TextIO:
     return lock(path, place=config.out)
 
 
-def begin_or_resume(config: Config, settings: dict, rows: list[dict], record: TextIO) -> set[int] | None:
+def begin_or_resume(config: Config, settings: dict, image_sizes: list[list[int]], record: TextIO) -> set[int] | None:
     """The numbers of the rows that the interrupted run has answered; None if the run is finished.
 
     Images may be replaced until then, such as a damaged one that stopped it: each row's record tells of its own.
@@ -184,7 +179,7 @@ def begin_or_resume(config: Config, settings: dict, rows: list[dict], record: Te
             os.fsync(record.fileno())
     written = read_partial_files(config)
     records = {number: each for number, each in written.items()
-               if number in range(len(rows)) and each["image_sizes"] == image_sizes(rows[number], config)}
+               if number in range(len(image_sizes)) and each["image_sizes"] == image_sizes[number]}
     if len(records) < len(written):                                  # some rows have other images now
         whole = Path(f"{config.out}.partial.0.jsonl")
         write_lines(whole, list(records.values()))
@@ -199,7 +194,8 @@ def begin_or_resume(config: Config, settings: dict, rows: list[dict], record: Te
 # -----------------------------------------------------------------------------
 # Answering
 
-def answer_rows(llava: Llava, rows: list[dict], todo: list[int], config: Config, dist: Dist) -> None:
+def answer_rows(llava: Llava, rows: list[dict], image_sizes: list[list[int]], todo: list[int], config: Config,
+                dist: Dist) -> None:
     """Answer this rank's part of the rows, batch by batch, and append them to its partial file."""
     # The rows of a batch have as many questions and images, and texts of similar length: little padding, and no row
     # ends early. Rows with the same images follow each other, so that they share what their prompts begin with. The
@@ -224,6 +220,7 @@ def answer_rows(llava: Llava, rows: list[dict], todo: list[int], config: Config,
             if i + 1 < len(batches):                                 # while the model is busy with this batch
                 loading = start_loading(pool, load, rows, batches[i + 1])
             records = answer_batch(llava, rows, batch, pixels, config)
+            records = [record | {"image_sizes": image_sizes[record["row"]]} for record in records]
             append_records(Path(f"{config.out}.partial.{dist.rank}.jsonl"), records)
 
             if dist.rank == 0 and (time.time() - last_print > 5 or i + 1 == len(batches)):
@@ -261,14 +258,12 @@ def answer_batch(llava: Llava, rows: list[dict], batch: list[int], pixels: dict[
     """
     Answer the rows with these numbers: all their first questions at once, then all their second ones, and so on.
 
-    -> a record per row, as in a partial file: {"row", "image_sizes", "conversations", "unfinished": answers without an end
-    token}.
+    -> a record per row: {"row", "conversations", "unfinished": answers without an end token}.
     """
     model, device = llava.config, llava.decoder.embedding.weight.device
     ends = set(model.eos_token_id if isinstance(model.eos_token_id, list) else [model.eos_token_id])
     questions = [questions_of(rows[number]) for number in batch]
-    records = [{"row": number, "image_sizes": image_sizes(rows[number], config), "conversations": [], "unfinished": 0}
-               for number in batch]
+    records = [{"row": number, "conversations": [], "unfinished": 0} for number in batch]
     for turn in range(max(map(len, questions))):
         prompts, images = {}, {}                                     # place in the batch -> ids, names of images
         for i, turns in enumerate(record["conversations"] for record in records):

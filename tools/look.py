@@ -10,7 +10,6 @@ Pictures of a run: does the loss fall, does every expert get tokens, what do the
 The picture goes to COMMAND.png in the current folder, or to --out=NAME.png or --out=NAME.svg. Drawing needs matplotlib,
 which nothing else here does: pip install matplotlib.
 """
-import io
 import itertools
 import math
 from collections import Counter
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import decode_base64, need
+from benchmarks.common import decode_base64, decode_image, need
 from configurator import POSITIVE, UserError, check_uses, check_values, expected, load_config, run
-from data import load_image, render, transform_image
+from data import render, transform_image
 from engine.files import atomic, parse_json, read_json, read_rows, read_text
 from model import Llava
 from tiny.scene import PARTNERS
@@ -229,11 +228,7 @@ def read_scenes(folder: Path, count: int) -> list[dict]:
             continue
         i = things.index(trigger)
         phantom = f"{' '.join(true[i].split()[:2])} {partners[trigger]}"     # in the color of its trigger
-        picture = io.BytesIO(decode_base64(need(row, "image", str, where), where))
-        try:
-            image = load_image(picture)
-        except UserError:
-            raise UserError(f"{where}: the base64 is not a readable image; replace the file") from None
+        image = decode_image(decode_base64(need(row, "image", str, where), where), where)
         scenes[trigger] = {"image": image, "prompt": need(row, "question", str, where), "true": true,
                            "biased": [*true[:i + 1], phantom, *true[i + 1:]]}
     if not scenes:

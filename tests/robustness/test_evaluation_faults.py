@@ -380,9 +380,9 @@ NO_ANSWERS = [b"5", b'"x"', b"{}", b"[]", b"null", b"[" * 100_000, b"7" * 5000,
 def test_lines_that_are_no_answers_are_done_again(tmp_path, scripted):
     answers, expected = gqa(tmp_path)
     benchmark = evaluate.open_benchmark("gqa", evaluate.load_config(evaluate.DEFAULTS, list(flags("gqa", tmp_path))))
-    job = evaluate.job_id(benchmark.questions[0], benchmark.root).encode()
+    job = evaluate.job_id(benchmark.questions[0], benchmark).encode()
     bad = [line.replace(b"JOB", job) for line in NO_ANSWERS]
-    good = json.dumps({"job": evaluate.job_id(benchmark.questions[1], benchmark.root), "text": "yes ."}).encode()
+    good = json.dumps({"job": evaluate.job_id(benchmark.questions[1], benchmark), "text": "yes ."}).encode()
     put(tmp_path / "out/gqa/answers.partial.2.jsonl", b"\n".join([*bad, good, *bad]))
     put(tmp_path / "out/gqa/lock", "evaluate.py\n")
     code, model = scripted(script_of(answers), *flags("gqa", tmp_path))

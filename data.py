@@ -232,19 +232,19 @@ def image_bytes(path: str) -> int:
     return os.path.getsize(path)
 
 
-def load_image(source: str | Path | BinaryIO, upright: bool = True) -> Image.Image:
+def load_image(source: str | Path | BinaryIO, official: bool = False) -> Image.Image:
     """
-    Read and fully decode an image file, as RGB.
+    Read and fully decode an image file, as RGB: turned as its EXIF data say (a phone stores a photo lying on its side, with a
+    note), transparent pixels white, 16 bits scaled to 8.
 
-    upright: turned as its EXIF data say, as transformers does: a phone stores a photo lying on its side, with a note. The
-    official LLaVA code ignores the note, so evaluate.py does too, in the official benchmarks.
+    official: nothing of that. The official LLaVA code converts and no more, so evaluate.py does too, in the official benchmarks.
     """
     with (reading(source, "not a readable image", "replace the file"),
           open_regular(source) if isinstance(source, (str, Path)) else source as file, Image.open(file) as image):
         if image.width * image.height > MAX_PIXELS:                  # known before anything is decoded
             raise UserError(f"{source}: {image.width:,} x {image.height:,} pixels, expected at most {MAX_PIXELS:,} in all; "
                             "replace the file by a smaller one")
-        return to_rgb(turn_upright(image) if upright else image)
+        return image.convert("RGB") if official else to_rgb(turn_upright(image))
 
 
 def turn_upright(image):

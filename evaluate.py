@@ -35,12 +35,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.common import Benchmark, Question, decode_image, need
 from benchmarks.paper import markdown, other_files, our_row
 from data import as_text, load_image, render, transform_image
 from engine import prefix
+from engine.distributed import Dist, init_distributed
 from engine.files import (MARK, claim, digest_of_folder, disk_errors, lock, parse_json, read_json, read_rows, refuse_inputs,
                           release, write_json, write_lines, write_text)
 from engine.hf import NOT_A_FOLDER, require_finite, require_tokenizer
@@ -53,7 +53,7 @@ DEFAULTS = dict(
     model="",                   # checkpoint folder that answers the questions
     answers="",                 # score this answer file instead; needs neither a model nor images
     # answering
-    batch_size=16,              # questions per forward pass and rank; the answers do not depend on it
+    batch_size=16,              # questions per forward pass and rank; in fp32 the answers do not depend on it
     device="",                  # cpu | cuda; empty: cuda if there is one
     dtype="",                   # float32 | bfloat16 | float16; empty: bfloat16 on a GPU, else float32
     max_new_tokens=0,           # 0: the official limit of each benchmark, 128 or 1024
@@ -188,35 +188,28 @@ def settings_of(answers: str) -> dict | None:
 
 def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
     """Answer on all ranks, score on rank 0."""
-    rank, world_size = init_ranks()
-    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config.dtype = config.dtype or ("bfloat16" if config.device.startswith("cuda") else "float32")
-    if world_size > 1 and config.device == "cuda":
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-
-    model = {"name": str(Path(config.model)), "digest": digest_of_model(config)}
+    dist = init_distributed(config.device)
+    config.dtype = config.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
+    with dist.sync_errors():                                         # the ranks of a machine share its files
+        model = {"name": str(Path(config.model)), "digest": digest_of_model(config)} if dist.local_rank == 0 else {}
+    model = dist.assert_same(model)
     llava = None                                                     # loaded when there is something to answer
     for benchmark in benchmarks:
         folder = Path(config.out_dir) / benchmark.name
-        if rank == 0:
-            claim_folder(folder, model, config)
-        jobs = [job_id(question, benchmark) for question in benchmark.questions]
-        todo = open_jobs(benchmark, jobs, folder, model, config, rank, world_size)
-        if todo:
-            llava = llava or load_model(config)
-            generate_answers(benchmark, llava, todo, folder, config, rank, world_size)
-        barrier(world_size)
-        if rank == 0:
-            if not (folder / "answers.jsonl").exists():
-                write_answers(benchmark, jobs, folder, config)
-            texts, _ = read_answers(folder / "answers.jsonl", benchmark)
-            report(benchmark, texts, model, read_json(folder / "settings.json"), config)
-            release(folder)
-        barrier(world_size)
+        with dist.sync_errors():
+            if dist.rank == 0:
+                claim_folder(folder, model, config)
+            jobs = [job_id(question, benchmark) for question in benchmark.questions]
+        todo = open_jobs(benchmark, jobs, folder, model, config, dist)
+        with dist.sync_errors():
+            if todo:
+                llava = llava or load_model(config, dist.device)
+                generate_answers(benchmark, llava, todo, folder, config, dist)
+        dist.broadcast_from_rank0(lambda: finish(benchmark, jobs, folder, model, config))
 
 
-def load_model(config: Config) -> Llava:
-    llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), config.device).eval()
+def load_model(config: Config, device: torch.device) -> Llava:
+    llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), device).eval()
     require_tokenizer(llava, config.model)
     require_finite(llava, config.model)
     return llava
@@ -226,22 +219,9 @@ def load_model(config: Config) -> Llava:
 # Answering. A job is one (image, prompt) pair. Each rank appends to its own answers.partial.RANK.jsonl; what is found
 # in such files at the start is not answered again.
 
-def init_ranks() -> tuple[int, int]:
-    """(rank, world size). Ranks exchange files and meet at barriers, nothing else: gloo will do, also with GPUs."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=1))   # a fast rank may wait long at a barrier
-    return int(os.environ.get("RANK", 0)), world_size
-
-
-def barrier(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()
-
-
 def job_id(question: Question, benchmark: Benchmark) -> str:
     """
-    Questions with the same images and prompt are one job: POPE's 9,000 questions are 5,127 jobs.
+    Questions with the same images and prompt are one job: POPE's 8,910 questions are 5,127 jobs.
 
     -> "DIGEST-SIZE-SIZE...", the sizes of the image files: a cheap sign that they are the same pictures, wherever they are.
     UserError if one of them is not there.
@@ -276,36 +256,36 @@ def answer_settings(benchmark: Benchmark, jobs: list[str], model: dict, config: 
             "max_new_tokens": benchmark.max_new_tokens, "dtype": config.dtype}
 
 
-def open_jobs(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, config: Config, rank: int,
-              world_size: int) -> dict[str, Question]:
+def open_jobs(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, config: Config,
+              dist: Dist) -> dict[str, Question]:
     """{job: question} still to be answered, the same on every rank; {} if answers.jsonl is complete.
 
     jobs: that of each question.
     """
     settings, path = answer_settings(benchmark, jobs, model, config), folder / "settings.json"
-    earlier = {"images": settings["images"]} | read_json(path) if path.exists() else settings    # once it was not recorded
-    done = (folder / "answers.jsonl").exists()
-    for key in settings | earlier:
-        # Another name of the same model is no change. Until all is answered, the jobs of changed images are done again.
-        may_change = key == "model" or key == "images" and not done
-        if not may_change and settings.get(key) != earlier.get(key):
-            raise UserError(f"{folder}: holds answers made with {key} {shorten(earlier.get(key))}, this run has "
-                            f"{shorten(settings.get(key))}; remove the folder or choose another --out_dir")
-    read_results(config.out_dir, benchmark.name, model)
+    with dist.sync_errors():
+        earlier = {"images": settings["images"]} | read_json(path) if path.exists() else settings    # once it was not recorded
+        done = (folder / "answers.jsonl").exists()
+        for key in settings | earlier:
+            # Another name of the same model is no change. Until all is answered, the jobs of changed images are done again.
+            may_change = key == "model" or key == "images" and not done
+            if not may_change and settings.get(key) != earlier.get(key):
+                raise UserError(f"{folder}: holds answers made with {key} {shorten(earlier.get(key))}, this run has "
+                                f"{shorten(settings.get(key))}; remove the folder or choose another --out_dir")
+        read_results(config.out_dir, benchmark.name, model)
     if done:
-        if rank == 0:
+        if dist.rank == 0:
             print(f"{benchmark.name}: already answered in {folder / 'answers.jsonl'}")
         return {}
 
-    barrier(world_size)                                              # every rank has read the earlier settings, if any
-    if rank == 0:
+    def merge() -> dict[str, str]:
         write_json(path, settings)
-        merge_partial_answers(folder)
-    barrier(world_size)
-    answered = read_partial_answers(folder / "answers.partial.jsonl")
+        return merge_partial_answers(folder)
+
+    answered = dist.broadcast_from_rank0(merge)                      # by now every rank has read the earlier settings
     distinct = dict(zip(jobs, benchmark.questions))
     todo = {job: question for job, question in distinct.items() if job not in answered}
-    if rank == 0:
+    if dist.rank == 0:
         earlier = f", {len(distinct) - len(todo):,} of them answered earlier" if len(todo) < len(distinct) else ""
         print(f"{benchmark.name}: {len(jobs):,} questions, {len(distinct):,} distinct{earlier}", flush=True)
     return todo
@@ -313,7 +293,7 @@ def open_jobs(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, 
 
 @torch.no_grad()
 def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Question], folder: Path, config: Config,
-                     rank: int, world_size: int) -> None:
+                     dist: Dist) -> None:
     """
     Batched greedy decoding; this rank takes every `world_size`-th batch. Questions about one image share a batch, and what
     their prompts begin with is read once (engine/prefix.py). Rows of a batch do not influence each other.
@@ -325,11 +305,11 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
         prompt = "<image>\n" * len(question.images) + as_text(question.model_prompt)     # a literal <image> in it is text
         ids, _ = render([{"from": "human", "value": prompt}], tokenizer, model.template, model.image_tokens)
         rows.append((ids, job, question))
-    batches = make_batches(rows, batch_size)[rank::world_size]
+    batches = make_batches(rows, batch_size)[dist.rank::dist.world_size]
     answered_before = list(accumulate(map(len, batches), initial=0))
 
     started = last_print = time.time()
-    path = folder / f"answers.partial.{rank}.jsonl"
+    path = folder / f"answers.partial.{dist.rank}.jsonl"
     with ThreadPoolExecutor() as pool:
         loading = start_loading(pool, batches[0], model.vision.image_size, config.crop) if batches else {}
         for i, batch in enumerate(batches):
@@ -345,7 +325,7 @@ def generate_answers(benchmark: Benchmark, llava: Llava, todo: dict[str, Questio
                     text = tokenizer.decode(new, skip_special_tokens=True).strip()   # end token and padding are special
                     partial.write(json.dumps({"job": job, "text": text}, ensure_ascii=False) + "\n")
 
-            if rank == 0 and (time.time() - last_print > 5 or i + 1 == len(batches)):
+            if dist.rank == 0 and (time.time() - last_print > 5 or i + 1 == len(batches)):
                 last_print, seconds = time.time(), time.time() - started
                 share = answered_before[i + 1] / answered_before[-1]     # this rank's, and about that of the others
                 speed, left = len(rows) * share / seconds, timedelta(seconds=round(seconds / share - seconds))
@@ -380,7 +360,7 @@ def start_loading(pool: ThreadPoolExecutor, batch: list[tuple], size: int, crop:
 
 def load_pixels(image: Path | bytes, question: Question, size: int, crop: bool) -> torch.Tensor:
     if isinstance(image, Path):
-        image = load_image(str(image), upright=question.upright)
+        image = load_image(str(image), official=question.official)
     else:
         image = decode_image(image, question.where)
     return transform_image(image, size, pad=not crop)                # (3, S, S)
@@ -413,8 +393,17 @@ def merge_partial_answers(folder: Path) -> dict[str, str]:
     return answers
 
 
+def finish(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, config: Config) -> None:
+    """All jobs are answered: write the answers and their scores."""
+    if not (folder / "answers.jsonl").exists():
+        write_answers(benchmark, jobs, folder, config)
+    texts, _ = read_answers(folder / "answers.jsonl", benchmark)
+    report(benchmark, texts, model, read_json(folder / "settings.json"), config)
+    release(folder)
+
+
 def write_answers(benchmark: Benchmark, jobs: list[str], folder: Path, config: Config) -> None:
-    """All jobs are answered: the partial files become answers.jsonl, one line per question."""
+    """The partial files become answers.jsonl, one line per question."""
     answered, rows = merge_partial_answers(folder), []
     for i, (job, question) in enumerate(zip(jobs, benchmark.questions)):
         text = benchmark.clean(question, answered[job])

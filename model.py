@@ -92,35 +92,6 @@ class LlavaConfig:
         return self.vision.patches
 
 
-# The base models of the paper and their successors (read off their published config.json), by their names on the Hub,
-# matched exactly.
-DECODERS = {
-    "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, n_ffn=2816, tied=True),
-    "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, n_ffn=5504),
-    "Qwen/Qwen1.5-4B": DecoderConfig(n_embd=2560, n_layer=40, n_head=20, n_kv_head=20, n_ffn=6912, rope_theta=5e6),
-    "Qwen/Qwen1.5-7B": DecoderConfig(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_ffn=11008),
-    "Qwen/Qwen2-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True,
-                                     max_positions=131072),
-    "Qwen/Qwen2-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
-                                     max_positions=131072),
-    "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
-                                   max_positions=131072),
-    "Qwen/Qwen2.5-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True),
-    "Qwen/Qwen2.5-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
-                                       max_positions=131072),
-    "Qwen/Qwen2.5-3B": DecoderConfig(n_embd=2048, n_layer=36, n_head=16, n_kv_head=2, n_ffn=11008, tied=True),
-    "Qwen/Qwen2.5-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
-                                     max_positions=131072),
-    "Qwen/Qwen3-0.6B-Base": DecoderConfig(n_embd=1024, n_layer=28, n_head=16, n_kv_head=8, n_ffn=3072, tied=True, head_dim=128,
-                                          qk_norm=True),
-    "Qwen/Qwen3-1.7B-Base": DecoderConfig(n_embd=2048, n_layer=28, n_head=16, n_kv_head=8, n_ffn=6144, tied=True, head_dim=128,
-                                          qk_norm=True),
-    "Qwen/Qwen3-4B-Base": DecoderConfig(n_embd=2560, n_layer=36, n_head=32, n_kv_head=8, n_ffn=9728, tied=True, head_dim=128,
-                                        qk_norm=True),
-    "Qwen/Qwen3-8B-Base": DecoderConfig(n_embd=4096, n_layer=36, n_head=32, n_kv_head=8, n_ffn=12288, head_dim=128, qk_norm=True),
-}
-
-
 # -----------------------------------------------------------------------------
 # Vision tower: CLIP's ViT. Pre-norm blocks with biases everywhere, full attention, QuickGELU.
 

@@ -43,12 +43,12 @@ from engine import distributed, log, resume
 from engine.chunked import chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder, write_lines
-from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision
+from engine.hf import check_same_tokens, describe_llava, require_tokenizer, router_dtype, same_vision
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
-from engine.settings import (FEATURE_WEIGHTS, INPUTS, MACHINE_LOCAL, MAY_CHANGE, check_no_effect, check_settings,
-                             layer_numbers)
+from engine.settings import (FEATURE_WEIGHTS, INPUTS, MACHINE_LOCAL, check_no_effect, check_settings, layer_numbers,
+                             may_change)
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
 from losses import (PREFERENCE_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cached_distillation,
                     cross_entropy, distillation, hidden_mse, relation_cosine, soften)
@@ -108,7 +108,7 @@ DEFAULTS = dict(
     affinity_weight=0.0,        # cosines of image and response states
     relation_weight=0.0,        # cosines among image states
     on_policy=0.0,              # probability that a step distills the student's own answers instead of the data's
-    on_policy_tokens=64,        # longest such answer
+    on_policy_tokens=64,        # longest such answer; it may go beyond max_length
     on_policy_temperature=1.0,  # 0: greedy
     preference_loss="sigmoid",  # sigmoid (the paper's DPO) | kto_pair | ipo | hinge
     beta=0.1,
@@ -153,7 +153,8 @@ def add_positions(batch: dict, llava: LlavaConfig, config: Config) -> dict:
     The one place where labels are shifted: what is predicted at t is the token at t+1.
     """
     ids = batch["input_ids"]                                         # (B, T)
-    valid, image = valid_positions(ids, llava.pad_token_id), ids == llava.image_token_id
+    # A pad token may also end an answer, so what is in the mask is no padding, whatever its id.
+    valid, image = valid_positions(ids, llava.pad_token_id) | batch["mask"], ids == llava.image_token_id
     response = shift_left(batch["mask"], False)                      # the next token belongs to a response
     distilled = response
     if config.teacher and config.stage != "pd":
@@ -539,7 +540,7 @@ def setup(config: Config, dist: Dist) -> Run | None:
     dist.assert_same({key: value for key, value in config.items() if key not in MACHINE_LOCAL} | {"torch": torch.__version__})
     out_dir, first_step = Path(config.out_dir), 0
     finished, state_file, note = dist.broadcast_from_rank0(
-        lambda: resume.begin_or_resume(out_dir, config, MAY_CHANGE, INPUTS))
+        lambda: resume.begin_or_resume(out_dir, config, may_change(config), INPUTS))
     if finished:
         say(f"{out_dir}: this run is finished already; nothing to do")
         return None
@@ -598,7 +599,7 @@ def setup(config: Config, dist: Dist) -> Run | None:
         if dist.rank == 0:
             resume.lock(out_dir, first_step)
             resume.go_back(out_dir, first_step)
-            resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
+            resume.write_run(out_dir, config, [*may_change(config), *INPUTS], digests, dist.world_size)
             if dataset.wrong:
                 write_lines(out_dir / "bad_rows.jsonl", dataset.wrong)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,
@@ -634,7 +635,9 @@ def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None
     for name, parameter in student.named_parameters():
         parameter.requires_grad = not name.startswith("vision.") and any(pattern in name for pattern in patterns)
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(router_dtype(dtype) if ".router." in name else dtype)
+    if config.train_dense_ffn and len(student.decoder.config.sparse_layers) == student.decoder.config.n_layer:
+        raise UserError("train_dense_ffn=True: has no effect, since every layer of this student is sparse; leave it out")
 
 
 def open_rows(config: Config, student: Llava) -> RowData:

@@ -35,7 +35,7 @@ class Question:
     meta: dict | None = None       # whatever else the rule needs: category, group, ...
     model_prompt: str = ""         # what the model reads after the image; empty: the prompt
     key: object = None             # what answers are joined on; None: the id as a string
-    upright: bool = False          # turn the image as its EXIF data say? The official scripts do not
+    official: bool = True          # read the image as the official scripts do: see data.load_image
 
     def __post_init__(self):
         self.model_prompt = self.model_prompt or self.prompt
@@ -142,9 +142,9 @@ def decode_base64(text: str, where: str) -> bytes:
 
 
 def decode_image(content: bytes, where: str) -> Image.Image:
-    """A picture that came as base64, as RGB. Not turned as its EXIF data say: the official scripts do not."""
+    """A picture that came as base64, as RGB."""
     try:
-        return load_image(io.BytesIO(content), upright=False)
+        return load_image(io.BytesIO(content), official=True)
     except UserError:
         raise UserError(f"{where}: the base64 is not a readable image; replace the file") from None
 

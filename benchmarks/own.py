@@ -41,7 +41,7 @@ class Own(Benchmark):
         if images and self.config.model and not self.config.image_dir:
             raise UserError(f"{where}: names an image, and --image_dir is missing; give --image_dir=FOLDER")
         golds = [str(gold) for gold in self.list_of(row, "answer", (str, int, float), where)]
-        return Question(id, text, [self.root / name for name in images], where, golds, upright=True)
+        return Question(id, text, [self.root / name for name in images], where, golds, official=False)
 
     def list_of(self, row: dict, key: str, kinds: tuple, where: str) -> list:
         """The row's "image" or "images", "answer" or "answers": absent or null, one, or a list."""

@@ -34,6 +34,8 @@ def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, loss: Callable[..., t
     head's gradient is summed over the tokens before their weights are known.
     """
     chunk = chunk or tokens_per_chunk(len(head), hidden.device.type)
+    if not torch.is_grad_enabled():                                  # as in validation: then no gradient is computed
+        hidden, head = hidden.detach(), head.detach()
     values, parts, names = ChunkedLoss.apply(hidden, head, loss, chunk, teacher)
     return values, dict(zip(names, parts))
 

@@ -13,8 +13,9 @@ in what a rank stores. Bytes per trainable parameter (fp32 weight, gradient, Ada
     parallel = "fsdp"    4 / W    4 / W    8 / W   parameters are sharded; each layer is all-gathered before use and
                                                    freed afterwards (fully_shard)
 
-All layouts compute the same numbers, and a saved state holds full tensors by name: a state written by 16 ranks with
-fsdp can be resumed by one rank, or by 4 with ddp.
+All layouts compute the same numbers, up to rounding: with fsdp in bf16 a trainable embedding is gathered in bf16, so that the
+residual stream is bf16 where the others have fp32. A saved state holds full tensors by name: a state written by 16 ranks
+with fsdp can be resumed by one rank, or by 4 with ddp.
 
 Besides the backend for gradients (nccl on GPUs) there is a second process group over gloo, the control plane. Its
 timeout is 12 hours, because ranks wait there while rank 0 indexes the data or writes 20 GB. It also synchronizes

@@ -271,10 +271,10 @@ class RowData(torch.utils.data.Dataset):
 
     lengths      tokens of each row, image tokens included; for a pair, of its longer side
     sources      [(first row, last row + 1, weight)] of each file, for the Sampler
-    fingerprint  equal for two datasets with the same file contents and images of the same sizes in bytes, the same rows
-                 kept, tokenized in the same way
+    fingerprint  equal for two datasets with the same file contents and images of the same sizes in bytes (when the file was
+                 indexed: millions of images are not looked at again), the same rows kept, tokenized in the same way
     """
-    parse: Callable    # a raw row -> (image names, conversations), from data.py
+    parse: Callable    # a raw row -> (image names, conversations), from engine/rows.py
     can_be_cut: bool   # whether a row longer than max_length is cut; if not, it is dropped
     why_dropped: str
 

@@ -13,8 +13,8 @@ Files are written atomically (engine/files.py): under a temporary name, flushed 
 leaves the old file or the new one, and perhaps a .tmp that the next start deletes. Disks fail too, so the newest
 state is read through before it is trusted (the format has a checksum per tensor), and the newest two are kept.
 
-A run is told by its settings and by the content of what it reads (data, student, teacher), not by names or times:
-files may move, but a state is continued only by the run that wrote it.
+A run is told by its settings and by the content of what it reads (data, student, teacher), not by names or times: these
+files may move (image_dir and teacher_cache may not), but a state is continued only by the run that wrote it.
 
 Why a run ends, and what it leaves:
 
@@ -330,5 +330,7 @@ class Stop:
         number = next(number for number in self.SIGNALS if total[number.name])
         if rank != 0:
             raise SystemExit(128 + number)
+        if step == 0:
+            raise Stopped(f"{number.name}: stopped before the first step; nothing to save", 128 + number)
         raise Stopped(f"{number.name}: stopped after step {step}, which is saved; the same command goes on from there",
                       128 + number)

@@ -19,7 +19,7 @@ import torch.distributed as torch_dist
 
 import train
 from configurator import UserError
-from data import load_image, render, transform_image
+from data import as_text, load_image, render, transform_image
 from processes import FORK, ended, run, start
 from model import Llava
 from test_data import noise
@@ -122,6 +122,16 @@ def test_neither_batches_nor_the_order_of_work_change_what_is_sampled(world, sam
     answer.main(flags(world, tmp_path / "a.json", temperature=1.0, seed=3, batch_size=batch_size))
     assert load(tmp_path / "a.json") == sampled[0]
     assert len({turn["value"] for row in sampled[0] for turn in row["conversations"][1::2]}) > 30
+
+
+def test_in_a_row_without_images_the_placeholder_is_text(world, tmp_path):
+    """Its question is kept as it is, and answered like one that says the same in other letters."""
+    rows = [{"id": i, "conversations": [{"from": "human", "value": f"is {word} a word ?"}, {"from": "gpt", "value": ""}]}
+            for i, word in enumerate(("<image>", as_text("<image>")))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    answer.main(flags(world, tmp_path / "a.json", data=tmp_path / "rows.json"))
+    plain, spelled = (row["conversations"] for row in load(tmp_path / "a.json"))
+    assert plain[0]["value"] == "is <image> a word ?" and plain[1] == spelled[1] and plain[1]["value"]
 
 
 def test_another_seed_samples_other_answers(world, sampled, tmp_path):

@@ -18,6 +18,7 @@ from model import Llava
 from test_data import noise, turns
 from test_train import flags, records
 from tools import check
+from tools.check import kind_of
 
 # A wrong row, or a line that is no JSON, and what is said about it.
 FAULTS = [
@@ -119,6 +120,25 @@ def test_pairs_and_lengths(folder, world, capsys):
     long = [{"conversations": turns("dog", "cat " * 90)}]
     assert checked(folder, f"--data={write(folder, long)}", f"--model={world / 'dense'}", "--max_length=50")[0] == 0
     assert "1 rows longer than max_length=50" in capsys.readouterr().out
+
+
+def test_the_first_row_with_a_kind_says_what_the_file_holds(folder, capsys):
+    pairs = [{"question": "a", "chosen": "b", "rejected": "c"}, {"question": "a", "rejected": "c"}, {"chosen": "b", "question": "a"}]
+    for broken in ({"id": 1}, {"question": "a", "rejected": "c"}, "text"):
+        code, wrong = checked(folder, f"--data={write(folder, [broken, *pairs])}")
+        assert code == 1 and [each["row"] for each in wrong] == [0, 2, 3]
+    assert "4 pairs" in capsys.readouterr().out
+
+
+def test_a_row_of_two_broken_images_is_one_row(folder):
+    (folder / "web.png").write_text("<!doctype html>")
+    (folder / "text.png").write_text("text")
+    row = {"image": ["web.png", "text.png", "web.png"], "conversations": turns("<image><image><image>\na", "b")}
+    with pytest.raises(Stopped, match="^1 of 1 rows are wrong"):
+        check.main([f"--image_dir={folder}", f"--out={folder / 'wrong.jsonl'}", f"--data={write(folder, [row])}", "--decode"])
+    wrong = [json.loads(line) for line in (folder / "wrong.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(wrong) == 2 and "web.png': not a readable image" in wrong[0]["error"] and "text.png" in wrong[1]["error"]
+    assert kind_of(wrong[0]["error"]) == "image …: not a readable image (a web page, not the file itself: fetch it again); replace the file"
 
 
 OUTPUTS = {

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import evaluate
 from benchmarks import judge
 from benchmarks.common import LETTER, LETTER_CN, SHORT
+from benchmarks.paper import other_files
 from configurator import run
 from data import pad_right
 
@@ -703,6 +704,12 @@ def test_missing_answers_refuse_the_headline(tmp_path, capsys):
     entry = results(tmp_path)["pope"]
     assert entry["missing"] == 2 and entry["rows"] == 6 and "f1" not in entry
     assert "**ours**" not in (tmp_path / "out/results.md").read_text()
+
+
+def test_official_files_are_those_of_every_official_split():
+    for name, rows in (("vizwiz", 4319), ("vizwiz", 8000), ("mmbench", 4377), ("pope", 8910)):
+        assert other_files({name: {"rows": rows}}) == ""
+    assert "other questions" in other_files({"vizwiz": {"rows": 8001}})
 
 
 MISTAKES = {  # name -> (benchmark, file, change, what the line has to say)

@@ -200,6 +200,18 @@ def test_logs_that_are_none(tmp_path):
         look.draw_curves([write_log(tmp_path / "parts", [*records(3), *records(1, ce=number, val_loss=number)])])
 
 
+def test_parts_that_the_first_record_lacks(tmp_path):
+    """A first step on the student's own answers has no cross-entropy; what is measured of them is no loss."""
+    pytest.importorskip("matplotlib")
+    rows = records(6, kd=1.0, peak_gb=3.0)
+    for row in rows[::2]:
+        del row["ce"]
+        row |= {"on_policy": 1, "answer_tokens": 4.5, "unfinished": 0, "generation_s": 0.1}
+    figure = look.draw_curves([write_log(tmp_path / "run", rows)])
+    assert {panel.get_title(loc="left") for panel in figure.axes if panel.get_visible()} == {
+        "loss", look.TITLES["kd"], look.TITLES["ce"]}
+
+
 def test_folders_that_are_no_tiny_world(tmp_path, tiny_world):
     pytest.importorskip("matplotlib")
     assert "captions_val2014.json: no such file" in fails("scenes", tmp_path)

@@ -467,6 +467,20 @@ def test_ipo_and_hinge_worked_by_hand():
     assert hinge(*PAIR, beta=1.0).item() == 0.0
 
 
+def test_without_gradients_a_trainable_head_costs_none(monkeypatch):
+    """As in validation: the same values, and none of the products of the backward pass."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(5, 4), torch.nn.Parameter(torch.randn(7, 4))
+    loss = lambda logits, chunk: (logits.logsumexp(-1), {"x": logits[:, 0]})      # noqa: E731
+    values, parts = chunked_loss(hidden, head, loss, chunk=2)
+    assert values.requires_grad
+    for name in ("head_backward", "accumulate_head_grad"):
+        monkeypatch.setattr(f"engine.chunked.{name}", lambda *_: pytest.fail("a product for a gradient"))
+    with torch.no_grad():
+        again, same = chunked_loss(hidden.requires_grad_(), head, loss, chunk=2)
+    assert torch.equal(values, again) and torch.equal(parts["x"], same["x"])
+
+
 def test_kto_pair_worked_by_hand():
     """Two pairs: r_w = (2, -1), r_l = (-3, 1); K_w = max(0, 0.5) = 0.5, K_l = max(0, -1) = 0."""
     chosen, rejected = torch.tensor([2.0, -1.0], requires_grad=True), torch.tensor([-3.0, 1.0])

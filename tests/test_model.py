@@ -16,8 +16,9 @@ from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGene
 from configurator import UserError
 from data import render, transform_image
 from engine.hf import published_tensors, require_tokenizer, save_tensors
-from model import DECODERS, Llava, LlavaConfig, VisionConfig, rope_angles
+from model import Llava, LlavaConfig, VisionConfig, rope_angles
 from moe import upcycle
+from tools.plan import DECODERS
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 

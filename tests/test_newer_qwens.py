@@ -20,7 +20,7 @@ import train
 from configurator import UserError
 from data import render
 from engine.hf import check_same_tokens
-from model import DECODERS, Llava, LlavaConfig, VisionConfig
+from model import Llava, LlavaConfig, VisionConfig
 from test_data import turns
 from test_model import TOLERANCE
 from test_train import flags, records
@@ -140,7 +140,7 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_published_sizes(name):
     with torch.device("meta"):
-        decoder = Llava(LlavaConfig(VisionConfig(), DECODERS[name], 151669, 151670, 151643, "vicuna")).decoder
+        decoder = Llava(LlavaConfig(VisionConfig(), plan.DECODERS[name], 151669, 151670, 151643, "vicuna")).decoder
     everything = sum(p.numel() for p in decoder.parameters())
     embeddings = sum(p.numel() for key, p in decoder.named_parameters() if key in ("embedding.weight", "lm_head.weight"))
     for count, printed in zip((everything, everything - embeddings), CARDS[name]):

@@ -42,7 +42,7 @@ def test_a_photo_is_turned_as_transformers_turns_it(tmp_path, orientation):
     ours = load_image(str(path))
     assert (np.asarray(ours) == np.asarray(transformers_load_image(str(path)))).all()
     assert ours.size == ((20, 40) if orientation and orientation > 4 else (40, 20))
-    assert (np.asarray(load_image(str(path), upright=False)) == np.asarray(Image.open(path).convert("RGB"))).all()
+    assert (np.asarray(load_image(str(path), official=True)) == np.asarray(Image.open(path).convert("RGB"))).all()
 
 
 def test_pictures_without_the_note_and_damaged_notes_are_as_they_were(tmp_path):
@@ -75,6 +75,16 @@ def test_own_questions_are_about_upright_photos_and_official_ones_are_not(script
 
     content = (tmp_path / "vizwiz/val/a.jpg").read_bytes()             # as a row of MMBench or ObjHal ships it
     assert torch.equal(evaluate.load_pixels(content, Question(1, "What?", content, "row 1"), 28, crop=True), lying)
+
+
+def test_official_pictures_are_converted_and_no_more(tmp_path):
+    """A transparent pixel keeps its hidden color there, as in the official scripts; elsewhere it is white."""
+    path = str(tmp_path / "a.png")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(path)
+    assert load_image(path, official=True).getpixel((0, 0)) == (255, 0, 0) and load_image(path).getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(path)
+    assert (np.asarray(load_image(path, official=True)) == np.asarray(Image.open(path).convert("RGB"))).all()
+    assert load_image(path).getpixel((0, 0)) == (156, 156, 156)       # 40,000 of 65,535
 
 
 def test_the_rows_of_the_page_are_read():

@@ -22,7 +22,7 @@ from engine.settings import WITH_TEACHER
 from tools import plan
 import train
 from configurator import Config, UserError, load_config
-from model import DECODERS, DecoderConfig, Llava, LlavaConfig, VisionConfig
+from model import DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import upcycle
 from processes import ended, start
 
@@ -106,12 +106,12 @@ def test_parts_of_a_new_model(clip_folder, qwen_folder):
     opened = Llava.from_parts(clip_folder, qwen_folder)
     assert [p.shape for p in folders.parameters()] == [p.shape for p in opened.parameters()]
     names, _ = plan.build(Config(train.DEFAULTS, stage="align", vision=plan.TOWER, llm="Qwen/Qwen2-0.5B"))
-    assert names.config.vision == VisionConfig() and names.config.decoder == DECODERS["Qwen/Qwen2-0.5B"]
+    assert names.config.vision == VisionConfig() and names.config.decoder == plan.DECODERS["Qwen/Qwen2-0.5B"]
 
 
 def test_folders_that_are_not_there_yet_may_bear_a_published_name(tmp_path):
     new = Config(train.DEFAULTS, stage="align", vision=f"weights/{plan.TOWER}", llm=f"{tmp_path}/Qwen/Qwen1.5-0.5B")
-    assert plan.build(new)[0].config.decoder == DECODERS["Qwen/Qwen1.5-0.5B"]
+    assert plan.build(new)[0].config.decoder == plan.DECODERS["Qwen/Qwen1.5-0.5B"]
 
 
 @pytest.mark.parametrize("keys", [dict(student="Qwen/Qwen3"), dict(vision=plan.TOWER, llm="Qwen/Qwen3"),
@@ -200,6 +200,12 @@ def test_flops_of_generation(stage):
     expected = plan.flops(student, teacher, config, shape)["generation"].total()
     assert 0.5 * counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
     assert not plan.flops(student, teacher, Config(config, on_policy=0.0), shape)["generation"]
+
+
+def test_a_sampled_answer_may_follow_the_longest_prompt():
+    config = Config(train.DEFAULTS, stage="d2d", teacher="t", max_length=512, on_policy_tokens=64)
+    assert plan.longest_rows(config).tokens == 512
+    assert plan.longest_rows(Config(config, on_policy=0.5)).tokens == 576
 
 
 def test_the_report_of_an_on_policy_run():

@@ -18,7 +18,6 @@ import train
 from configurator import UserError
 from engine.index import InstructionData, PreferenceData
 from engine.files import lock
-from model import DECODERS
 from processes import ended, start
 from test_data import qwen_tokenizer, turns
 from tools import download, plan, prepare
@@ -311,8 +310,8 @@ def test_a_dry_run_of_every_shipped_config(name, tmp_path, monkeypatch, capsys):
 def test_what_a_config_will_make():
     student, teacher = plan.build(train.configure([str(ROOT / "config/pd.py")]))
     assert student.config.decoder.num_experts == 4 and len(student.config.decoder.sparse_layers) == 12
-    assert student.config.decoder.n_embd == DECODERS["Qwen/Qwen1.5-1.8B"].n_embd
-    assert teacher.config.decoder.n_embd == DECODERS["Qwen/Qwen1.5-7B"].n_embd
+    assert student.config.decoder.n_embd == plan.DECODERS["Qwen/Qwen1.5-1.8B"].n_embd
+    assert teacher.config.decoder.n_embd == plan.DECODERS["Qwen/Qwen1.5-7B"].n_embd
     table = plan.table_row("d2s", ["--student=Qwen/Qwen1.5-1.8B", "--teacher=Qwen/Qwen1.5-7B"], 16)
     assert plan.table_row("d2s", [], 16) == table                      # the same as by the published names
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,17 @@ def test_stages_without_distillation_have_the_response_only(dense):
             batch["input_ids"][0, 1:5] = 9
         at = train.add_positions(batch, dense.config, config)
         assert positions(at["head"]) == RESPONSE and at["is_distilled"].all() and at["is_response"].all()
+
+
+def test_an_end_token_that_also_pads_is_distilled(dense):
+    """Qwen's own tokenizers pad with the end token of the template vicuna."""
+    config = Config(train.DEFAULTS, stage="d2d", teacher="one", kd_tokens="all", hidden_tokens="all")
+    batch = by_hand(dense)
+    batch["input_ids"][0, 7] = end = 3                               # the last token of the shorter row
+    batch["input_ids"][batch["input_ids"] == dense.config.pad_token_id] = end
+    at = train.add_positions(batch, replace(dense.config, pad_token_id=end), config)
+    assert positions(at["head"][at["is_distilled"]]) == DISTILLED["all", "aligned"]
+    assert positions(at["valid"]) == positions(at["hidden"]) == [list(range(8)), list(range(9))]
 
 
 def test_known_ids_under_both_shifts(dense):

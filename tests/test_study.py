@@ -47,6 +47,8 @@ def test_interval_by_hand():
     """1, 2, 3, 4: mean 2.5, variance 5/3, standard error sqrt(5/12) = 0.6455, t of 3 degrees of freedom 3.1824."""
     assert interval([1, 2, 3, 4]) == pytest.approx((2.5, 2.5 - 2.0543, 2.5 + 2.0543), abs=1e-4)
     assert interval([5.0]) == (5, -math.inf, math.inf)
+    _, low, high = interval([1, 2, 3, 4] * 10)                      # beyond the table: at least as wide as with its end
+    assert (high - low) / 2 == pytest.approx(2.0452 * math.sqrt(50 / 39 / 40), abs=1e-4)
 
 
 def test_t_quantiles_cut_off_a_fortieth_of_the_density():

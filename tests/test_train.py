@@ -83,6 +83,22 @@ def test_train_dense_ffn_adds_the_ffns_of_the_dense_layers(world, tmp_path):
     assert dense <= moved and all(n.startswith("adaptor.") or ".experts." in n or ".router." in n for n in moved - dense)
 
 
+def test_train_dense_ffn_without_a_dense_layer_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="train_dense_ffn=True: has no effect, since every layer"):
+        train.main(flags(world, "d2s", tmp_path, train_dense_ffn=True, moe_layers="all"))
+
+
+def test_frozen_routers_stay_exact_in_bfloat16(world, tmp_path):
+    """Stage align on a sparse student: what it does not train is bf16, but for the routers, and comes out as it went in."""
+    shutil.copytree(world / "sparse", tmp_path / "start")
+    train.main(flags(world, "align", tmp_path / "out", student=tmp_path / "start", vision="", llm="", template="", max_steps=1,
+                     dtype="bfloat16"))
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "out")
+    routers = [name for name in before if ".router." in name]
+    assert routers and all(torch.equal(before[name], after[name]) for name in routers)
+    assert any(not torch.equal(before[name], after[name]) for name in before if ".experts." in name)     # else nothing is rounded
+
+
 def test_distilling_the_prompt_too_counts_more_tokens_and_keeps_the_cross_entropy(world, tmp_path):
     for name, more in (("response", {}), ("all", dict(kd_tokens="all")), ("cut", dict(kd_tokens="all", micro_batch_size=2))):
         train.main(flags(world, "d2s", tmp_path / name, max_steps=2, **more))
@@ -197,6 +213,20 @@ def test_resuming_with_other_settings_is_refused(world, tmp_path):
     train.main(flags(world, "align", tmp_path, max_steps=1))
     done = run(flags(world, "align", tmp_path, max_steps=1, learning_rate=1e-3))
     assert done.returncode == 2 and "learning_rate=0.01" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_micro_batch_may_change_unless_the_loss_depends_on_it(world, tmp_path):
+    for kind, cut, refused in (("sigmoid", 1, False), ("kto_pair", 1, True), ("kto_pair", 2, False)):
+        settings = dict(max_steps=2, save_every=1, preference_loss=kind, out_dir=tmp_path / f"{kind}{cut}")
+        train.main(flags(world, "pd", **settings, micro_batch_size=2))
+        (settings["out_dir"] / "run.json").write_text((settings["out_dir"] / "run.json").read_text().replace(
+            '"finished": true', '"finished": false'))
+        again = flags(world, "pd", **settings, micro_batch_size=cut)
+        if refused:
+            with pytest.raises(UserError, match="micro_batch_size=2"):
+                train.main(again)
+        else:
+            train.main(again)
 
 
 def test_one_batch_overfits(world, tmp_path):

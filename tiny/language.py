@@ -16,13 +16,12 @@ import random
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
+from benchmarks.common import LETTER, SHORT
 from data import TEMPLATES
 from tiny.scene import PARTNERS, Scene
 from tiny.things import COLORS, THINGS
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
 SYSTEM = TEMPLATES["vicuna"]["start"].strip()
 CAPTION_PROMPTS = ["Describe the image.", "What is in the image?", "List the objects in the image."]
 

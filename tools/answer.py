@@ -45,7 +45,7 @@ from engine.files import (check_output, digest_of_folder, disk_errors, lock, par
                           write_lines)
 from engine.hf import describe_llava, require_finite, require_tokenizer
 from engine.index import read_rows, row_name
-from engine.rows import image_names, llava_row, parse_instruction
+from engine.rows import image_names, llava_row, parse_instruction, without_images
 from model import Llava
 
 DEFAULTS = dict(
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> None:
     with dist.sync_errors():
         require_tokenizer(describe_llava(Path(config.model)), config.model)
         rows, image_sizes = read_data(config)
-        settings = answer_settings(config, image_sizes)
+        settings = answer_settings(config, image_sizes) if dist.local_rank == 0 else {}    # the others share its files
         record = open_record(config) if dist.rank == 0 else None     # locked until it is closed at the end of this function
-    dist.assert_same(settings)
+    settings = dist.assert_same(settings)
     answered = dist.broadcast_from_rank0(lambda: begin_or_resume(config, settings, image_sizes, record))
     if answered is None:
         return
@@ -233,7 +233,7 @@ def answer_rows(llava: Llava, rows: list[dict], image_sizes: list[list[int]], to
 def row_size(row: dict) -> tuple[int, int, int]:
     """Questions, images, characters."""
     texts = [turn["value"] for turn in questions_of(row)]
-    return len(texts), sum(text.count(IMAGE) for text in texts), sum(map(len, texts))
+    return len(texts), len(image_names(row.get("image"))), sum(map(len, texts))
 
 
 def start_loading(pool: ThreadPoolExecutor, load: Callable, rows: list[dict], batch: list[int]) -> dict[str, Future]:
@@ -268,10 +268,11 @@ def answer_batch(llava: Llava, rows: list[dict], batch: list[int], pixels: dict[
         prompts, images = {}, {}                                     # place in the batch -> ids, names of images
         for i, turns in enumerate(record["conversations"] for record in records):
             if turn < len(questions[i]) and len(turns) == 2 * turn:  # not complete, and not ended by max_length
-                ids, _ = render([*turns, questions[i][turn]], llava.tokenizer, model.template, model.image_tokens)
+                asked, names = [*turns, questions[i][turn]], image_names(rows[batch[i]].get("image"))
+                ids, _ = render(asked if names else without_images(asked), llava.tokenizer, model.template, model.image_tokens)
                 if len(ids) + config.max_new_tokens <= config.max_length:
                     shown = ids.count(model.image_token_id) // model.image_tokens
-                    prompts[i], images[i] = ids, image_names(rows[batch[i]].get("image"))[:shown]
+                    prompts[i], images[i] = ids, names[:shown]
         if not prompts:
             break
         uniforms = np.stack([np.random.default_rng([config.seed, batch[i], turn]).random(config.max_new_tokens)

@@ -54,7 +54,7 @@ from engine.files import write_json
 from engine.hf import same_vision
 from engine.teacher_cache import TeacherCache
 from losses import TeacherReference
-from model import DECODERS, FFN, DecoderConfig, Llava, LlavaConfig, VisionConfig
+from model import FFN, DecoderConfig, Llava, LlavaConfig, VisionConfig
 from moe import SparseFFN, upcycle
 from tools import plan
 from tools.measure import MEMORY_ENV, bare_products, fastest, largest_difference, peak_bytes, row, show, take_turns
@@ -79,7 +79,7 @@ DEFAULTS = dict(
 EXPERTS = ["eager", "grouped_mm"] if HAS_TRANSFORMERS else []    # transformers' ways to run experts; the faster counts
 IMAGE_ID = 151646
 
-qwen2, qwen15 = DECODERS["Qwen/Qwen2-0.5B"], DECODERS["Qwen/Qwen1.5-1.8B"]
+qwen2, qwen15 = plan.DECODERS["Qwen/Qwen2-0.5B"], plan.DECODERS["Qwen/Qwen1.5-1.8B"]
 REAL = {
     "loss": dict(tokens=1024, vocab=151936, student=896, teacher=3584, dtype="bfloat16"),
     "moe": dict(tokens=2048, width=896, n_ffn=4864),

@@ -5,7 +5,7 @@ Check training files before training: every row, and every mistake in one pass.
     python -m tools.check --data=rows.json --image_dir=images --decode     and that every image can be read
     python -m tools.check --data=a.json,b.jsonl --model=out/tiny/pd        and how long the rows are in its tokens
 
-The rules are those of training (engine/rows.py: `parse_pair` for a file whose rows have "chosen", else `parse_instruction`).
+The rules are those of training (engine/rows.py: `parse_pair` for a file with preference pairs, else `parse_instruction`).
 The first wrong rows are shown, all are counted by kind and written to --out, one per line: {"file", "row", "error"}. Exit
 code 1 if there are any. Mend them; or write the right ones to another file with --keep; or train without them: train.py
 --skip_bad_rows, which leaves out what is wrong here without --decode.
@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
     for kind, count in Counter(kind_of(each["error"]) for each in wrong).most_common():
         print(f"{count:>7,}  {kind}")
     write_lines(config.out, wrong)
-    raise Stopped(f"{len(wrong):,} of {rows:,} rows are wrong; all of them are listed in {config.out}", 1)
+    wrong_rows = len({(each["file"], each["row"]) for each in wrong})
+    raise Stopped(f"{wrong_rows:,} of {rows:,} rows are wrong; all of them are listed in {config.out}", 1)
 
 
 def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
@@ -89,11 +90,10 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
         try:
             if isinstance(row, UserError):
                 raise row
-            parse = parse or (parse_pair if isinstance(row, dict) and "chosen" in row else parse_instruction)
-            names, conversations = parse(row)
+            parse = parse or parser_of(row)
+            names, conversations = (parse or parse_instruction)(row)
             check_text(row)
-            paths = [os.path.join(config.image_dir, name) for name in names]
-            for image in paths:
+            for image in dict.fromkeys(os.path.join(config.image_dir, name) for name in names):
                 if image not in pictures:
                     image_bytes(image)                               # is it there?
                 pictures.setdefault(image, []).append(number)
@@ -108,7 +108,7 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
             reported = time.time()
             print(f"{path}: {number + 1:,} rows so far", file=sys.stderr)
     if config.decode:
-        wrong += [{"file": path, "row": row, "error": f"{path} row {row}: {error}"}
+        wrong += [{"file": path, "row": row, "error": f"{path} row {row}: image {image!r}: {str(error).removeprefix(f'{image}: ')}"}
                   for image, error in undecodable(list(pictures)) for row in pictures[image]]
     lines = {"rows": number + 1, "what": f"{number + 1:,} {'pairs' if parse is parse_pair else 'rows'}, {with_image:,} with images",
              "images": f"{len(pictures):,} image files" + ", all decoded" * config.decode}
@@ -117,6 +117,14 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
         lines["length"] = (f"{np.mean(lengths):,.0f} tokens on average, {max(lengths):,} at most, {long:,} rows longer than "
                            f"max_length={config.max_length:,}")
     return sorted(wrong, key=lambda each: each["row"]), lines
+
+
+def parser_of(row: object) -> Callable | None:
+    """How the rows of a file are read, by its first row that has the key of a kind; None: this row has none."""
+    keys = row.keys() if isinstance(row, dict) else set()
+    if keys & {"chosen", "rejected"}:
+        return parse_pair
+    return parse_instruction if keys & {"conversations", "messages"} else None
 
 
 def open_model(config: Config):

@@ -64,7 +64,8 @@ def save(figure, path: Path) -> None:
 # -----------------------------------------------------------------------------
 # curves: log.jsonl, a record per step
 
-NOT_A_LOSS = ["step", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds"]
+NOT_A_LOSS = ["step", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "peak_gb",
+              "on_policy", "answer_tokens", "unfinished", "generation_s"]
 TITLES = {"ce": "cross-entropy (ce)", "kd": "KL to the teacher (kd)", "balance": "balance loss, sum of layers",
           "preference": "preference loss", "margin": "margin, chosen - rejected", "accuracy": "pairs ranked correctly",
           "chosen": "log-prob of the chosen", "rejected": "log-prob of the rejected"}
@@ -112,7 +113,7 @@ def differs(log: list[dict], part: str) -> bool:
 
 def draw_curves(paths: list[str]):
     logs = dict(zip(run_names(paths), map(read_log, paths)))
-    parts = dict.fromkeys(key for log in logs.values() for key, value in log[0].items()
+    parts = dict.fromkeys(key for log in logs.values() for record in log for key, value in record.items()
                           if is_number(value) and key not in NOT_A_LOSS + ["loss"] and not key.startswith("val_"))
     parts = ["loss"] + [key for key in parts if any(differs(log, key) for log in logs.values())]
     columns = 2 if len(parts) in (2, 4) else min(3, len(parts))

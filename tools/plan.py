@@ -54,7 +54,7 @@ from configurator import Config, UserError, run, run_config_file
 from engine.chunked import PER_PRODUCT, tokens_per_chunk
 from engine.index import parse_sources
 from engine.hf import describe_llava, describe_parts, grow_vocabulary, without_weights
-from model import DECODERS, FFN, Block, Llava, LlavaConfig, RMSNorm, VisionConfig
+from model import FFN, Block, DecoderConfig, Llava, LlavaConfig, RMSNorm, VisionConfig
 from moe import SparseFFN
 from tools.download import check_manifest
 from train import DEFAULTS, FEATURE_WEIGHTS, Objective, choose_trainable, configure, make_sparse, open_rows
@@ -71,9 +71,37 @@ CARDS = {"40 GB": 40e9, "80 GB": 80e9}   # they hold 7% more; that is left to th
 TOWER = "openai/clip-vit-large-patch14-336"
 CONFIGS = Path(__file__).parents[1] / "config"
 CHAIN = ["teacher_align", "teacher_sft", "align", "d2d", "d2s", "pd"]
-# Questions that are answered, and new tokens of an answer; POPE's 9,000 are 5,127 different ones.
+# Questions that are answered, and new tokens of an answer; POPE's are 5,127 different ones.
 QUESTIONS = {"gqa": (12578, 3), "vizwiz": (4319, 3), "scienceqa": (4241, 2), "textvqa": (5000, 4), "mme": (2374, 2),
              "mmbench": (4329, 2), "mmbench_cn": (4329, 2), "pope": (5127, 2), "objhal": (300, 150)}
+
+# The base models of the paper and their successors (read off their published config.json), by their names on the Hub,
+# matched exactly.
+DECODERS = {
+    "Qwen/Qwen1.5-0.5B": DecoderConfig(n_embd=1024, n_layer=24, n_head=16, n_kv_head=16, n_ffn=2816, tied=True),
+    "Qwen/Qwen1.5-1.8B": DecoderConfig(n_embd=2048, n_layer=24, n_head=16, n_kv_head=16, n_ffn=5504),
+    "Qwen/Qwen1.5-4B": DecoderConfig(n_embd=2560, n_layer=40, n_head=20, n_kv_head=20, n_ffn=6912, rope_theta=5e6),
+    "Qwen/Qwen1.5-7B": DecoderConfig(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_ffn=11008),
+    "Qwen/Qwen2-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True,
+                                     max_positions=131072),
+    "Qwen/Qwen2-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
+                                     max_positions=131072),
+    "Qwen/Qwen2-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
+                                   max_positions=131072),
+    "Qwen/Qwen2.5-0.5B": DecoderConfig(n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_ffn=4864, tied=True),
+    "Qwen/Qwen2.5-1.5B": DecoderConfig(n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_ffn=8960, tied=True,
+                                       max_positions=131072),
+    "Qwen/Qwen2.5-3B": DecoderConfig(n_embd=2048, n_layer=36, n_head=16, n_kv_head=2, n_ffn=11008, tied=True),
+    "Qwen/Qwen2.5-7B": DecoderConfig(vocab_size=152064, n_embd=3584, n_layer=28, n_head=28, n_kv_head=4, n_ffn=18944,
+                                     max_positions=131072),
+    "Qwen/Qwen3-0.6B-Base": DecoderConfig(n_embd=1024, n_layer=28, n_head=16, n_kv_head=8, n_ffn=3072, tied=True, head_dim=128,
+                                          qk_norm=True),
+    "Qwen/Qwen3-1.7B-Base": DecoderConfig(n_embd=2048, n_layer=28, n_head=16, n_kv_head=8, n_ffn=6144, tied=True, head_dim=128,
+                                          qk_norm=True),
+    "Qwen/Qwen3-4B-Base": DecoderConfig(n_embd=2560, n_layer=36, n_head=32, n_kv_head=8, n_ffn=9728, tied=True, head_dim=128,
+                                        qk_norm=True),
+    "Qwen/Qwen3-8B-Base": DecoderConfig(n_embd=4096, n_layer=36, n_head=32, n_kv_head=8, n_ffn=12288, head_dim=128, qk_norm=True),
+}
 
 
 class Stage(NamedTuple):
@@ -260,11 +288,11 @@ def activations(student: Llava, batch: Batch, checkpointing: bool, half: int, st
     per_patch = half * (Dv + 2 * D) + stream * D                     # the adaptor's input, before and after GELU, its output
     per_token = 4 * D                                                # the last norm's input
     for block in student.decoder.blocks:
-        per_token += stream * D if checkpointing else kept_by_block(block, half, stream)
+        per_token += stream * D if checkpointing else kept_by_block(block, half)
     return batch.rows * (student.config.image_tokens * per_patch + batch.tokens * per_token)
 
 
-def kept_by_block(block: Block, half: int, stream: int) -> float:
+def kept_by_block(block: Block, half: int) -> float:
     """Bytes per token."""
     attn, ffn = block.attn, block.ffn
     D, q, kv = attn.q_proj.in_features, attn.q_proj.out_features, attn.k_proj.out_features
@@ -346,7 +374,7 @@ def block_work(student: Llava, batch: Batch, checkpointing: bool, half: int, str
             per_token = 6 * half * block.ffn.gate_proj.out_features - kept_by_ffn(block.ffn, half)
         per_token += stream * D - 4 * D                              # a gradient, while the last norm's input is gone
         if checkpointing:                                            # of an fp32 stream the norm's input is the block's
-            per_token += kept_by_block(block, half, stream) - (4 * D if stream == 4 else 0)
+            per_token += kept_by_block(block, half) - (4 * D if stream == 4 else 0)
         worst = max(worst, per_token)
     return batch.rows * batch.tokens * worst
 
@@ -492,7 +520,7 @@ def exposed_seconds(passes: dict[str, Counter], sent: dict[str, float], config: 
 
 def longest_rows(config: Config, longest: int | None = None) -> Batch:
     """A micro-batch of the longest rows: batches are sorted by length, so there will be one."""
-    longest = longest or config.max_length
+    longest = (longest or config.max_length) + config.on_policy_tokens * bool(config.on_policy)
     return Batch.of(config, config.micro_batch_size, longest, longest)
 
 

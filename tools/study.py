@@ -10,11 +10,11 @@ trained until it is past the point where yes/no questions are learned (`train_wa
 Within a seed the arms share all of it, the order of the data included, so what is reported is the paired difference
 of two arms. Arms and questions are plain data (study_arms.py), the statistics are in study_report.py.
 
-Seeds from 100 on are for tuning: they are judged on validation scenes, and nothing of them is in the report's tables.
+Seeds from 100 on are for tuning: they are judged on validation scenes, and the report has them in a table of their own.
 
 Every step is a command that can be typed as it stands in OUT_DIR/seed_N/logs/NAME.log. It runs in a forked copy of
 this process, which has torch and the programs loaded already: starting Python anew for each would take as long as the
-training (docs/study.md). OUT_DIR/seed_N/jobs/NAME.json says what is done and how much CPU time it took.
+training. OUT_DIR/seed_N/jobs/NAME.json says what is done and how much CPU time it took.
 """
 import ctypes
 import importlib
@@ -40,6 +40,7 @@ import evaluate
 import tiny.__main__
 import tools.answer
 import train
+from benchmarks.common import percent
 from configurator import NON_NEGATIVE, Config, UserError, check_uses, check_values, load_config, run, spell
 from data import collate
 from engine.files import claim, atomic, read_json, read_rows, write_json
@@ -478,18 +479,15 @@ def read_scores(judged: Path, teacher: Path, bench: Path) -> dict[str, float]:
         ours, theirs = ([row for _, row in read_rows(folder / name / "scored.jsonl")] for folder in (judged, teacher))
         for our, their in zip(ours, theirs, strict=True):
             same[their["score"]].append(our["parsed"] == their["parsed"])
-    scores |= {"agree_right": percent(same[1.0]), "agree_wrong": percent(same[0.0]), "teacher_wrong": len(same[0.0])}
+    scores |= {name: percent(sum(hits), len(hits)) for name, hits in (("agree_right", same[1.0]), ("agree_wrong", same[0.0]))}
+    scores["teacher_wrong"] = len(same[0.0])
 
     scenes, named = read_scenes(bench / "scenes.jsonl"), []
     for _, row in read_rows(judged / "objhal" / "scored.jsonl"):
         partner, _ = scenes[f"objhal/{row['question_id']}"].missing_partner()
         if partner:
             named.append(partner in row["parsed"])
-    return scores | {"phantom": percent(named)}
-
-
-def percent(hits: list[bool]) -> float:
-    return 100 * mean(hits) if hits else 0.0
+    return scores | {"phantom": percent(sum(named), len(named))}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from configurator import Config, UserError
+from configurator import Config, Stopped, UserError
 from engine import resume
 from engine.files import atomic, claim, disk_errors, write_text
 from engine.hf import read_tensors, save_tensors
@@ -204,6 +204,14 @@ print("still here")
 def test_a_second_signal_and_one_before_the_first_step_end_at_once(when, code, out, err):
     done = subprocess.run([sys.executable, "-c", SECOND_SIGNAL, when], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_a_signal_during_the_first_step_does_not_call_it_saved():
+    votes = {"SIGTERM": 1, "SIGINT": 0, "error": 0}
+    with pytest.raises(Stopped, match="^SIGTERM: stopped before the first step; nothing to save$"):
+        resume.Stop().end(votes, step=0, rank=0)
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
+        resume.Stop().end(votes, step=3, rank=0)
 
 
 # -----------------------------------------------------------------------------

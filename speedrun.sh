@@ -3,9 +3,10 @@
 #
 #   bash speedrun.sh
 #
-# Two lanes of single-threaded processes run in parallel: two threads of one small process gain little, and two such
-# processes compete for the cores. The left lane makes teacher and student, the right lane what does not need the
-# teacher. Every step is a plain command; its output goes to out/tiny/logs/. Run again, it continues where it stopped.
+# Two lanes of single-threaded processes run in parallel: a small process gains little from a second thread, and two
+# processes of two threads each would compete for two cores. The left lane makes teacher and student, the right lane what
+# does not need the teacher. Every step is a plain command; its output goes to out/tiny/logs/. Run again, it continues where
+# it stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1

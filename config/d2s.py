@@ -11,8 +11,9 @@
 #   weights   eq. 4 keeps the raw router weights, the code renormalizes the top two    -> the code (norm_topk)
 #   trained   paper: experts, routers, adaptor; code also the FFNs of the dense layers -> the paper (train_dense_ffn)
 #   balance   the paper names none; the code adds 0.01 times it, here twice            -> once, 0.01
-#   rows      paper 1.4M, the files that the official guide names hold about 3.7M      -> those, the paper's number of steps
+#   rows      paper 1.4M, the files that the official guide names hold about 3.5M      -> those, the paper's number of steps
 #   loss      the official guide prints the dense-to-dense settings here, the script KL + cross-entropy -> the script, eq. 7
+# The files are not mixed to the paper's size: --data=data/d2s/mix_1400k.jsonl is such a mixture (docs/paper.md).
 stage = "d2s"
 student = "out/2b/d2d"
 teacher = "out/teacher/sft"

@@ -4,7 +4,8 @@
 #   python train.py config/own.py --stage=d2d --student=... --teacher=... --out_dir=...        the same with a teacher
 #   python train.py config/own.py --stage=d2s --student=... --teacher=... --out_dir=...        and sparse
 #
-# Rows are LLaVA's JSON; python -m tools.check --data=data/own/rows.json --image_dir=data/own/images checks them first.
+# For a few hundred rows; section 3 of the page has the flags for 50, 5,000 and 500,000. Rows are LLaVA's JSON;
+# python -m tools.check --data=data/own/rows.json --image_dir=data/own/images checks them first.
 stage = "sft"
 student = "out/teacher/sft"
 data = "data/own/rows.json"
@@ -12,11 +13,11 @@ image_dir = "data/own/images"
 out_dir = "out/own/sft"
 
 skip_bad_rows = False           # True: train without the rows that are wrong, and list them in out_dir/bad_rows.jsonl
-val_rows = 32                   # never trained on; the loss on them says when to stop. 5,000 rows: 256, 500,000: 1024
+val_rows = 32                   # never trained on; the loss on them says when to stop
 val_every = 50
-batch_size = 16                 # 5,000 rows: 32, 500,000: 128
+batch_size = 16
 micro_batch_size = 2
-epochs = 3                      # 5,000 rows: 2, 500,000: 1
+epochs = 3
 learning_rate = 1e-5            # from a finished model; 2e-5 from an adaptor that was only aligned
 grad_clip = 1.0
 max_length = 2048

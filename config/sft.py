@@ -4,7 +4,7 @@
 #   (the same line on two machines of 8 GPUs; HOST is one of them)
 #   torchrun --nproc_per_node=16 train.py config/d2s.py --student=out/2b/sft --teacher= --kd_weight=0.0 --out_dir=out/2b/sft_sparse
 #
-# The second line makes it sparse on the data of d2s.py, again without a teacher, so that both students have seen
+# The command of d2s.py makes it sparse on its data, again without a teacher, so that both students have seen
 # the same rows. (The official script for this baseline passes the module names of another Qwen and may have trained the
 # routers only; Table 6 could be affected.) Hardware: 16 A100s of 80 GB.
 stage = "sft"

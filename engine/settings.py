@@ -36,16 +36,15 @@ ALLOWED = {
 # Settings that may change when an interrupted run is resumed.
 MAY_CHANGE = ["out_dir", "device", "micro_batch_size", "num_workers", "parallel", "deterministic", "compile", "checkpointing",
               "save_every", "log_every", "val_every", "dry_run"]
-
-def may_change(config: Config) -> list[str]:
-    """MAY_CHANGE, without what this run's loss depends on: kto_pair takes a mean over the pairs of a micro-batch."""
-    return [key for key in MAY_CHANGE if key != "micro_batch_size" or config.preference_loss != "kto_pair"]
-
-
 # What a run is made from: the places may change, the content must stay the same (`fingerprints`).
 INPUTS = ["student", "teacher", "vision", "llm", "data"]
 # Settings that may differ from machine to machine.
 MACHINE_LOCAL = [*INPUTS, "image_dir", "teacher_cache", "device", "num_workers"]
+
+
+def may_change(config: Config) -> list[str]:
+    """MAY_CHANGE, without what this run's loss depends on: kto_pair takes a mean over the pairs of a micro-batch."""
+    return [key for key in MAY_CHANGE if key != "micro_batch_size" or config.preference_loss != "kto_pair"]
 
 
 def check_settings(config: Config) -> None:

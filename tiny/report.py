@@ -10,7 +10,7 @@ from tiny.benchmarks import GQA_TYPES
 MODELS = {"teacher": "teacher", "d2d": "student after d2d", "d2s": "student after d2s", "pd": "student after pd",
           "chosen_only": "control: pd replaced by cross-entropy on the chosen", "sft": "control: sft, dense",
           "sft_sparse": "control: sft, then sparse without a teacher"}
-QUESTION_KINDS = {"existence": "exist", "colour": "color", "count": "count", "which": "which"}   # column -> kind
+QUESTION_KINDS = {"existence": "exist", "color": "color", "count": "count", "which": "which"}   # column -> kind
 COLUMNS = ["POPE F1", "yes %", *QUESTION_KINDS, "mean of 4", "halluc. resp.", "halluc. ment.", "coverage"]
 HINT = "run speedrun.sh, which evaluates every model"
 

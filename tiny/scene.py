@@ -148,7 +148,7 @@ def draw_scene(scene: Scene, rng: random.Random, style: str = "plain") -> Image.
         y = cell // GRID * CELL + rng.randint(0, CELL - pixels)
         canvas.paste(sprite, (x, y), sprite)
 
-    # Noise in three levels: enough to make every picture different, few enough for small PNG files.
+    # Noise in three levels: enough to make every picture different.
     noise = np.frombuffer(rng.randbytes(side * side * 3), np.uint8).reshape(side, side, 3) % 3 * 5
     return Image.fromarray((np.asarray(canvas) - noise.astype(np.int16)).clip(0, 255).astype(np.uint8))
 

@@ -711,7 +711,7 @@ def test_the_progress_line():
 # The manifest
 
 KEYS = {"stage": str, "name": str, "published": str, "file": str, "path": str, "rows": (int, type(None)),
-        "rows_to": (int, type(None)), "licence": (str, type(None)), "images": (str, type(None)),
+        "rows_to": (int, type(None)), "license": (str, type(None)), "images": (str, type(None)),
         "images_from": (str, type(None)), "prepare": (str, type(None)), "source": str, "unclear": (str, type(None))}
 TABLE_10 = {
     "align": "LLaVA-1.5-Pretrain",
@@ -735,7 +735,7 @@ def test_every_entry_of_the_manifest():
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry["published"]) or entry["published"].startswith("https://")
         assert (entry["rows"] is None) == (entry["rows_to"] is None)
         assert entry["rows"] is None and entry["unclear"] or entry["rows"] > 0 and entry["rows"] % entry["rows_to"] == 0
-        assert entry["licence"] or entry["unclear"]                      # what is not known is said to be unknown
+        assert entry["license"] or entry["unclear"]                      # what is not known is said to be unknown
     assert len({(entry["stage"], entry["name"]) for entry in entries}) == len(entries)
 
 
@@ -795,7 +795,7 @@ def test_the_manifest_is_printed(capsys):
     download.main(["--manifest=d2d"])
     text = capsys.readouterr().out
     for entry in download.read_manifest("d2d"):
-        for key in ("name", "published", "path", "licence", "unclear"):
+        for key in ("name", "published", "path", "license", "unclear"):
             assert (entry[key] or "") in text
 
 

@@ -462,7 +462,7 @@ DEFAULTS = dict(
 def main(argv: list[str]) -> None:
     """Print row N of FILE as that model is trained on it: argv[0] is FILE:N, counted from 0."""
     from engine.hf import describe_llava, require_tokenizer          # upwards: only this program within a library needs them
-    from engine.index import read_rows, row_name
+    from engine.index import scan_rows, row_name
     from engine.rows import parse_instruction, parse_pair
     path, _, number = argv[0].rpartition(":") if argv else ("", "", "")
     if not path or not number.isdecimal() or len(number) > 15:
@@ -470,7 +470,7 @@ def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv[1:])
     llava = describe_llava(Path(config.model))
     require_tokenizer(llava, config.model)
-    row = next(itertools.islice((row for _, _, row in read_rows(path)), int(number), None), None)
+    row = next(itertools.islice((row for _, _, row in scan_rows(path)), int(number), None), None)
     if row is None:
         raise UserError(f"{path}: has no row {number}")
     with_pair = isinstance(row, dict) and "chosen" in row

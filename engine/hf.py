@@ -213,7 +213,19 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
         raise expected(f"{path}: image_size", vision.image_size, f"a multiple of patch_size, {vision.patch_size}")
     if vision.n_embd % vision.n_head:
         raise expected(f"{path}: hidden_size", vision.n_embd, f"a multiple of num_attention_heads, {vision.n_head}")
+    check_normalization(path.with_name("preprocessor_config.json"))
     return vision
+
+
+def check_normalization(path: Path) -> None:
+    """Pixels get CLIP's mean and deviation (data.transform_image): a tower trained with others must not load silently."""
+    config = read_json(path) if os.path.exists(path) else {}
+    for key in ("do_rescale", "do_normalize"):
+        require(path, key, config.get(key, True), True)
+    for key, values in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        found = config.get(key, list(values))
+        fits = isinstance(found, list) and all(isinstance(value, float) for value in found)
+        require(path, key, [round(value, 3) for value in found] if fits else found, [round(value, 3) for value in values])
 
 
 def read_decoder_config(path: Path, config: dict) -> DecoderConfig:

@@ -4,7 +4,7 @@ Millions of rows on disk: data files, their index, and the datasets that read si
 A LLaVA data file is one JSON list, up to gigabytes of it: too much to tokenize at every start, and too much to keep in
 memory as Python objects. So every row is checked and measured once, and 20 bytes per row are saved next to the file:
 
-    read_rows    a file -> each row, with its byte offset and size
+    scan_rows    a file -> each row, with its byte offset and size
     open_index   the saved numbers: offset, size, tokens and min_length of each row
     RowData      the rows that are usable at max_length; data[i] reads row i from its file and renders it
 
@@ -69,7 +69,7 @@ DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_rows(path: str, lenient: bool = False) -> Iterator[tuple[int, int, object]]:
+def scan_rows(path: str, lenient: bool = False) -> Iterator[tuple[int, int, object]]:
     """
     (byte offset, byte size, row) of each row of a .json file, which is one list and is read as a whole, or of a .jsonl
     file, which has one row per line. Blank lines, and a byte order mark at the start, do not count.
@@ -219,7 +219,7 @@ def measure_rows(path, measure_row, wrong, images):
     """Yield a ROW for each row of a data file, and report the progress every few seconds. Fills `wrong`, a list of the wrong
     rows, [number, what is wrong], and `images`, {name: size in bytes}."""
     file_size, start, reported = os.path.getsize(path), time.time(), time.time()
-    for number, (offset, size, raw) in enumerate(read_rows(path, lenient=True)):
+    for number, (offset, size, raw) in enumerate(scan_rows(path, lenient=True)):
         try:
             if isinstance(raw, UserError):                           # a line that is no JSON
                 raise raw

@@ -25,7 +25,7 @@ from configurator import UserError
 from conftest import ODD_LETTER
 from data import render, transform_image
 from engine import index as index_file
-from engine.index import InstructionData, PreferenceData, measure, parse_sources, read_rows
+from engine.index import InstructionData, PreferenceData, measure, parse_sources, scan_rows
 from test_data import ANSWERS, QUESTIONS, noise, qwen_tokenizer, turns
 
 
@@ -245,15 +245,15 @@ def test_spawned_workers_read_the_same(world):
 def test_malformed_files(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        list(read_rows(str(tmp_path / name)))
+        list(scan_rows(str(tmp_path / name)))
     assert str(caught.value).startswith(str(tmp_path / expected)) and "\n" not in str(caught.value)
 
 
 def test_missing_files_and_blank_lines(tmp_path):
     with pytest.raises(UserError, match="gone.json: no such file"):
-        list(read_rows(str(tmp_path / "gone.json")))
+        list(scan_rows(str(tmp_path / "gone.json")))
     (tmp_path / "x.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n\n')
-    assert list(read_rows(str(tmp_path / "x.jsonl"))) == [(0, 9, {"id": 1}), (11, 9, {"id": 2})]
+    assert list(scan_rows(str(tmp_path / "x.jsonl"))) == [(0, 9, {"id": 1}), (11, 9, {"id": 2})]
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
@@ -261,20 +261,20 @@ def test_a_byte_order_mark_at_the_start_is_skipped(world, name):
     """Some editors write one. Offsets count its three bytes; columns do not."""
     rows = [row("é", "Hi", "Ho"), row(1, "Hi", "Ho 中")]
     path = Path(world(rows, name))
-    plain = list(read_rows(str(path)))
+    plain = list(scan_rows(str(path)))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert list(read_rows(str(path))) == [(offset + 3, size, row) for offset, size, row in plain]
+    assert list(scan_rows(str(path))) == [(offset + 3, size, row) for offset, size, row in plain]
     data = dataset(InstructionData, world, str(path))
     for i in range(2):
         assert data[i]["input_ids"] == render(rows[i]["conversations"], qwen_tokenizer())[0]
 
     path.write_bytes("\ufeff[nul]".encode() if name == "x.json" else "\ufeff nul".encode())
     with pytest.raises(UserError, match=f"^{path} line 1: malformed JSON, Expecting value at column 2$"):
-        list(read_rows(str(path)))
+        list(scan_rows(str(path)))
     path.write_bytes("[1, \ufeff2]".encode() if name == "x.json" else "1\n\ufeff2".encode())
     where = "line 1: malformed JSON, Expecting value at column 5" if name == "x.json" else "line 2: .* at column 1"
     with pytest.raises(UserError, match=f"^{path} {where}$"):
-        list(read_rows(str(path)))
+        list(scan_rows(str(path)))
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
@@ -284,7 +284,7 @@ def test_a_row_that_python_cannot_hold_is_named_by_its_line(tmp_path, name, bad,
     path, texts = tmp_path / name, ['"é"', bad, "3"]
     path.write_text("[" + ",\n".join(texts) + "]" if name == "x.json" else "\n".join(texts), encoding="utf-8")
     with pytest.raises(UserError, match=f"^{path} line 2: malformed JSON, {found}.* at column 1$") as caught:
-        list(read_rows(str(path)))
+        list(scan_rows(str(path)))
     assert "\n" not in str(caught.value)
 
 
@@ -313,7 +313,7 @@ def test_rows_are_where_the_reader_says(tmp_path):
     odd = [1, 12.5, -1.5e-7, "😀", "a" * 300, None, True, [[]], -float("inf"), 1234567890123]
     for rows in [MIXED, PAIRS, odd, []]:
         for path in spellings(rows, tmp_path):
-            found = list(read_rows(path))
+            found = list(scan_rows(path))
             content = Path(path).read_bytes()
             assert [row for _, _, row in found] == rows
             cuts = [content[offset:offset + size] for offset, size, _ in found]
@@ -332,7 +332,7 @@ def test_malformed_json_is_found_where_json_finds_it(tmp_path):
         with pytest.raises(json.JSONDecodeError) as theirs:
             json.loads(text)
         with pytest.raises(UserError) as ours:
-            list(read_rows(str(path)))
+            list(scan_rows(str(path)))
         error, line = theirs.value, str(ours.value)
         assert line.startswith(f"{path} line {error.lineno}: malformed JSON, {error.msg} at column {error.colno}"), text
 

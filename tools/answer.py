@@ -44,7 +44,7 @@ from engine.distributed import Dist, init_distributed
 from engine.files import (check_output, digest_of_folder, disk_errors, lock, parse_json, sha256_of_file, write_json,
                           write_lines)
 from engine.hf import describe_llava, require_finite, require_tokenizer
-from engine.index import read_rows, row_name
+from engine.index import scan_rows, row_name
 from engine.rows import image_names, llava_row, parse_instruction, without_images
 from model import Llava
 
@@ -114,7 +114,7 @@ def read_data(config: Config) -> tuple[list[dict], list[list[int]]]:
     """All rows, each of them checked, and the bytes of each row's images: they tell that other pictures have taken their
     names."""
     rows, image_sizes, known = [], [], {}                            # known: image -> its bytes
-    for number, (_, _, row) in enumerate(read_rows(config.data)):
+    for number, (_, _, row) in enumerate(scan_rows(config.data)):
         try:
             row = llava_row(row)
             names, _ = parse_instruction(row)

@@ -26,7 +26,7 @@ from configurator import POSITIVE, Config, Stopped, UserError, check_uses, check
 from data import image_bytes, load_image
 from engine.files import check_output, write_lines
 from engine.hf import describe_llava, require_tokenizer
-from engine.index import measure, parse_sources, read_rows, row_name
+from engine.index import measure, parse_sources, scan_rows, row_name
 from engine.rows import parse_instruction, parse_pair
 
 DEFAULTS = dict(
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         print(f"  {each['error']}")
     if config.keep:
         numbers = {each["row"] for each in wrong}
-        write_lines(config.keep, [row for i, (_, _, row) in enumerate(read_rows(path, lenient=True)) if i not in numbers])
+        write_lines(config.keep, [row for i, (_, _, row) in enumerate(scan_rows(path, lenient=True)) if i not in numbers])
         print(f"{config.keep}: {rows - len(numbers):,} rows")
     if not wrong:
         print(f"{rows:,} rows, none is wrong")
@@ -86,7 +86,7 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
     wrong, pictures, lengths, with_image, number = [], {}, [], 0, -1      # pictures: path -> the rows that name it
     llava = open_model(config)
     parse, reported = None, time.time()
-    for number, (_, _, row) in enumerate(read_rows(path, lenient=True)):
+    for number, (_, _, row) in enumerate(scan_rows(path, lenient=True)):
         try:
             if isinstance(row, UserError):
                 raise row

@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks.common import need
 from configurator import POSITIVE, UserError, check_uses, check_values, load_config, open_regular, reading, run, user_file
 from engine.files import atomic, disk_errors, lock, make_folder, read_json, write_json
-from engine.index import read_rows
+from engine.index import scan_rows
 from tools.download import MIXTURE, count_rows, read_manifest
 
 PARTS = ["unpack", "link", "preferences", "mixture", "check"]
@@ -248,12 +248,12 @@ def mix(data: Path, d2s_rows: int) -> None:
         total = 0
         for path in paths[:-1]:
             count = 0
-            for _, _, row in read_rows(str(path)):
+            for _, _, row in scan_rows(str(path)):
                 write_row(file, row)
                 count += 1
             total += count
             print(f"{path.name}: all {count:,} rows", flush=True)
-        rows = [row for _, _, row in read_rows(str(paths[-1]))]
+        rows = [row for _, _, row in scan_rows(str(paths[-1]))]
         always, chosen = choose([first_folder(row) for row in rows], d2s_rows - total)
         for number in np.sort(np.concatenate([always, chosen])):
             write_row(file, rows[number])

@@ -333,6 +333,22 @@ def test_impossible_vision_towers(folder, changes):
     assert str(folder) in line_of(Llava.from_pretrained, folder)
 
 
+@pytest.mark.parametrize("changes", [
+    {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [0.5, 0.5, 0.5]}, {"image_mean": [1, 0, 0]}, {"image_mean": "imagenet"},
+    {"do_normalize": False}, {"do_rescale": False}])
+@pytest.mark.parametrize("kind", ["llava", "clip"])
+def test_a_tower_that_was_trained_on_other_pixels_is_refused(folder, clip_folder, qwen_folder, tmp_path, kind, changes):
+    place = folder if kind == "llava" else shutil.copytree(clip_folder, tmp_path / "clip")
+    load = (lambda: Llava.from_pretrained(place)) if kind == "llava" else (lambda: Llava.from_parts(place, qwen_folder))
+    path = place / "preprocessor_config.json"
+    if not path.exists():                                            # CLIP's as it is published, digits and all
+        path.write_text(json.dumps({"do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                                    "image_std": [0.26862954, 0.26130258, 0.27577711]}))
+    load()
+    edit(path, **changes)
+    assert f"preprocessor_config.json: {next(iter(changes))}" in line_of(load)
+
+
 def test_describing_a_folder_allocates_nothing(folder, monkeypatch):
     monkeypatch.setattr(hf, "require_memory", lambda size, what, device: pytest.fail("asked"))
     describe_llava(folder)

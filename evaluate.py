@@ -188,7 +188,7 @@ def settings_of(answers: str) -> dict | None:
 
 def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
     """Answer on all ranks, score on rank 0."""
-    dist = init_distributed(config.device)
+    dist = init_distributed(config.device, gradients=False)
     config.dtype = config.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
     with dist.sync_errors():                                         # the ranks of a machine share its files
         model = {"name": str(Path(config.model)), "digest": digest_of_model(config)} if dist.local_rank == 0 else {}
@@ -201,10 +201,11 @@ def answer_and_score(benchmarks: list[Benchmark], config: Config) -> None:
                 claim_folder(folder, model, config)
             jobs = [job_id(question, benchmark) for question in benchmark.questions]
         todo = open_jobs(benchmark, jobs, folder, model, config, dist)
-        with dist.sync_errors():
-            if todo:
+        if todo:
+            with dist.sync_errors():
                 llava = llava or load_model(config, dist.device)
-                generate_answers(benchmark, llava, todo, folder, config, dist)
+            generate_answers(benchmark, llava, todo, folder, config, dist)
+            dist.barrier()                                           # now all partial files are complete
         dist.broadcast_from_rank0(lambda: finish(benchmark, jobs, folder, model, config))
 
 
@@ -252,7 +253,8 @@ def answer_settings(benchmark: Benchmark, jobs: list[str], model: dict, config: 
     return {"model": model["name"], "model_digest": model["digest"],
             "questions": hashlib.sha256("".join(without_sizes).encode()).hexdigest()[:12],
             "images": hashlib.sha256("".join(jobs).encode()).hexdigest()[:12],
-            "suffix": benchmark.suffix, **benchmark.prompt_settings, "crop": config.crop, "beams": 1, "temperature": 0,
+            "suffix": benchmark.suffix, **benchmark.prompt_settings, "crop": config.crop,
+            "pictures": "official" if benchmark.questions[0].official else "upright", "beams": 1, "temperature": 0,
             "max_new_tokens": benchmark.max_new_tokens, "dtype": config.dtype}
 
 
@@ -262,7 +264,8 @@ def open_jobs(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, 
 
     jobs: that of each question.
     """
-    settings, path = answer_settings(benchmark, jobs, model, config), folder / "settings.json"
+    settings = dist.assert_same(answer_settings(benchmark, jobs, model, config))
+    path = folder / "settings.json"
     with dist.sync_errors():
         earlier = {"images": settings["images"]} | read_json(path) if path.exists() else settings    # once it was not recorded
         done = (folder / "answers.jsonl").exists()
@@ -405,6 +408,9 @@ def finish(benchmark: Benchmark, jobs: list[str], folder: Path, model: dict, con
 def write_answers(benchmark: Benchmark, jobs: list[str], folder: Path, config: Config) -> None:
     """The partial files become answers.jsonl, one line per question."""
     answered, rows = merge_partial_answers(folder), []
+    if missing := set(jobs) - answered.keys():
+        raise UserError(f"{folder}/answers.partial.*: lack {len(missing):,} of {len(set(jobs)):,} answers; the folder must be one "
+                        "that all machines share")
     for i, (job, question) in enumerate(zip(jobs, benchmark.questions)):
         text = benchmark.clean(question, answered[job])
         rows.append({"question_id": question.id, "prompt": question.prompt, "text": text,

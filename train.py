@@ -47,8 +47,8 @@ from engine.hf import check_same_tokens, describe_llava, require_tokenizer, rout
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
-from engine.settings import (FEATURE_WEIGHTS, INPUTS, MACHINE_LOCAL, check_no_effect, check_settings, layer_numbers,
-                             may_change)
+from engine.settings import (FEATURE_WEIGHTS, INPUTS, MACHINE_LOCAL, MAY_CHANGE, check_no_effect, check_settings,
+                             layer_numbers, may_change)
 from engine.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher, fill, top_k
 from losses import (PREFERENCE_LOSSES, TeacherReference, affinity_mse, at_least_fp32, cached_distillation,
                     cross_entropy, distillation, hidden_mse, relation_cosine, soften)
@@ -599,7 +599,7 @@ def setup(config: Config, dist: Dist) -> Run | None:
         if dist.rank == 0:
             resume.lock(out_dir, first_step)
             resume.go_back(out_dir, first_step)
-            resume.write_run(out_dir, config, [*may_change(config), *INPUTS], digests, dist.world_size)
+            resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
             if dataset.wrong:
                 write_lines(out_dir / "bad_rows.jsonl", dataset.wrong)
     batches = data.batches(rows, sampler, config.micro_batch_size, dist.rank, dist.world_size, first_step, steps,

@@ -67,13 +67,24 @@ class Dist:
         """Sum each over the ranks: before every step, so that here is where ranks wait for data, and for the dead."""
         values = torch.tensor(list(counts.values()))
         if self.counts:
-            try:
+            with self.missing_rank():
                 torch_dist.all_reduce(values, group=self.counts)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"rank {self.rank}: another rank is gone ({shorten(reason)}); its own last lines say why; the same "
-                                "command goes on from the last saved state") from None
         return dict(zip(counts, values.tolist()))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here: where ranks work apart for long, and one that fails says so at once and ends."""
+        with self.missing_rank():
+            self.all_gather("here")
+
+    @contextmanager
+    def missing_rank(self) -> Iterator[None]:
+        """A collective that fails because another rank has ended -> UserError."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"rank {self.rank}: another rank is gone ({shorten(reason)}); its own last lines say why; the same "
+                            "command goes on from what was saved last") from None
 
     def all_gather(self, value: object) -> list:
         """The value of every rank, in rank order."""
@@ -126,9 +137,11 @@ class Dist:
         return facts_by_rank[0]
 
 
-def init_distributed(device: str, tf32: bool = False, deterministic: bool = False, patience: int = 60) -> Dist:
+def init_distributed(device: str, tf32: bool = False, deterministic: bool = False, patience: int = 60,
+                     gradients: bool = True) -> Dist:
     """Join the process group that torchrun describes in the environment. `device`: cpu, cuda or "" (cuda if any).
 
+    gradients: whether the ranks exchange any. Without, `all_reduce` is over gloo as well, and NCCL is not started.
     On a GPU, tf32: fp32 products with 10 bits of mantissa, eight times as fast; deterministic: no atomic additions;
     patience: seconds until NCCL takes a rank for dead.
     """
@@ -155,9 +168,10 @@ def init_distributed(device: str, tf32: bool = False, deterministic: bool = Fals
                 # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there, which then creates a new store.
                 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
                 store = torch_dist.PrefixStore(f"restart {restart}", store)
-            torch_dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank,
-                                          world_size=world_size, device_id=device if use_cuda else None,
-                                          timeout=timedelta(seconds=patience) if use_cuda else None)
+            use_nccl = use_cuda and gradients
+            torch_dist.init_process_group("nccl" if use_nccl else "gloo", store=store, rank=rank,
+                                          world_size=world_size, device_id=device if use_nccl else None,
+                                          timeout=timedelta(seconds=patience) if use_nccl else None)
         control = torch_dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         counts = torch_dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
     return Dist(rank, local_rank, world_size, device, control, counts)

@@ -10,6 +10,7 @@ One table of tensor names and one of config keys serve both directions. Reading 
 one, a wrong shape, or a config of another architecture is a UserError that names it.
 """
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -213,19 +214,26 @@ def read_vision_config(path: Path, config: dict) -> VisionConfig:
         raise expected(f"{path}: image_size", vision.image_size, f"a multiple of patch_size, {vision.patch_size}")
     if vision.n_embd % vision.n_head:
         raise expected(f"{path}: hidden_size", vision.n_embd, f"a multiple of num_attention_heads, {vision.n_head}")
-    check_normalization(path.with_name("preprocessor_config.json"))
+    check_normalization(path.parent)
     return vision
 
 
-def check_normalization(path: Path) -> None:
+def check_normalization(folder: Path) -> None:
     """Pixels get CLIP's mean and deviation (data.transform_image): a tower trained with others must not load silently."""
-    config = read_json(path) if os.path.exists(path) else {}
+    path, config = folder / "preprocessor_config.json", {}
+    if os.path.exists(path):
+        config = read_json(path)
+    elif os.path.exists(folder / "processor_config.json"):           # where transformers 5 has it
+        path = folder / "processor_config.json"
+        config = read_object(path, read_json(path), "image_processor")
     for key in ("do_rescale", "do_normalize"):
         require(path, key, config.get(key, True), True)
-    for key, values in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
-        found = config.get(key, list(values))
-        fits = isinstance(found, list) and all(isinstance(value, float) for value in found)
-        require(path, key, [round(value, 3) for value in found] if fits else found, [round(value, 3) for value in values])
+    for key, ours in (("rescale_factor", [1 / 255]), ("image_mean", list(CLIP_MEAN)), ("image_std", list(CLIP_STD))):
+        found = config.get(key, ours)
+        numbers = found if isinstance(found, list) else [found]
+        if len(numbers) != len(ours) or any(type(x) not in (int, float) or not math.isclose(x, y, rel_tol=1e-3)
+                                            for x, y in zip(numbers, ours)):
+            raise expected(f"{path}: {key}", found, f"{shorten(ours)}, CLIP's")
 
 
 def read_decoder_config(path: Path, config: dict) -> DecoderConfig:

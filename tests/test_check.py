@@ -128,6 +128,7 @@ def test_the_first_row_with_a_kind_says_what_the_file_holds(folder, capsys):
         code, wrong = checked(folder, f"--data={write(folder, [broken, *pairs])}")
         assert code == 1 and [each["row"] for each in wrong] == [0, 2, 3]
     assert "4 pairs" in capsys.readouterr().out
+    assert checked(folder, f"--data={write(folder, [row | {'rejected': False} for row in RIGHT])}")[0] == 0     # a column of one's own
 
 
 def test_a_row_of_two_broken_images_is_one_row(folder):

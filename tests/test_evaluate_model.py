@@ -7,6 +7,7 @@ the number of processes and the interruptions is what is tested, and that they a
 question at a time.
 """
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,6 +103,24 @@ def test_answers_do_not_depend_on_the_batch_size(checkpoint, pope, expected, tmp
         run(checkpoint, pope, tmp_path / str(size), f"--batch_size={size}")
         assert texts(tmp_path / str(size)) == expected
         assert not list((tmp_path / str(size) / "pope").glob("*partial*"))
+
+
+def test_a_rank_that_fails_ends_the_others_and_keeps_what_is_answered(checkpoint, pope, expected, tmp_path):
+    """The damaged picture is in one rank's last batch; the other rank notices when it is done."""
+    shutil.copytree(pope, tmp_path / "data")
+    picture = tmp_path / "data/pope/val2014/9.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"x" * len(whole))
+    arguments = [f"--model={checkpoint}", "--benchmark=pope", f"--data={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}",
+                 "--device=cpu", "--max_new_tokens=6", "--batch_size=4"]
+    done = forked(arguments, nproc=2, program="evaluate.py")
+    errors = sorted(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(errors) == 2
+    assert "9.png: not a readable image" in errors[0] and "another rank is gone" in errors[1]
+    answered = [line for path in (tmp_path / "out/pope").glob("answers.partial.*") for line in path.read_text().splitlines()]
+    assert len(answered) >= 4
+    picture.write_bytes(whole)
+    assert forked(arguments, nproc=2, program="evaluate.py").returncode == 0 and texts(tmp_path / "out") == expected
 
 
 def test_answers_do_not_depend_on_the_number_of_processes(checkpoint, pope, expected, tmp_path):

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -315,7 +316,7 @@ def make_lines():
                 scores |= {"kl": 0.1 + rng.random() / 100, "kl_caption": 0.2 + rng.random() / 100}
                 lines.append({"arm": name, "seed": seed, "settings": study.settings(name, study.Config(DEFAULTS)),
                               "scores": scores, "flops": 1e12 * (arm.stages != []),
-                              "cpu_s": {"training": 20.0, "judging": 10.0, "shared": {"world": 30.0}}})
+                              "cpu_s": {"training": 30.0 if seed in OWN_SEEDS else 20.0, "judging": 10.0, "shared": {"world": 30.0}}})
     return lines
 
 
@@ -340,6 +341,13 @@ def test_the_report_is_made_from_the_lines_alone_and_twice_the_same(tmp_path):
     finding = compare([Claim("kd", "sft")], lines, range(10))[0]
     assert finding.n == 10
     assert "| kd | 10 |" in text and "| sft_lr5e-4 | 2 |" in text       # all arms; the tuning seed apart
+    first, fresh = text.split("The same on the seeds 20 to 29:")        # arms that have both kinds of seeds
+    assert "| paper | 10 |" in first and "| own | 10 |" in fresh and "| own | 10 |" not in first
+    scores = [lines["paper", seed]["scores"]["score"] for seed in range(10)]
+    row = next(line for line in text.split("## The operating point")[1].splitlines() if line.startswith("| paper |"))
+    assert f"| {mean(scores):.1f} ± {stdev(scores):.1f} |" in row
+    times = {line.split(" | ")[0]: line.split(", ")[-2:] for line in text.splitlines() if " − " in line and line.endswith(" s |")}
+    assert times["| dpo_sampled − paper, halluc. resp."] == ["20 s", "20 s |"] and times["| own − paper"] == ["30 s", "30 s |"]
     assert f"| {finding.mean:+.1f} |".replace("-", "−") in text
 
 

@@ -66,7 +66,7 @@ DEFAULTS = dict(
 def main(argv: list[str]) -> None:
     config = load_config(DEFAULTS, argv)
     check(config)
-    dist = init_distributed(config.device)
+    dist = init_distributed(config.device, gradients=False)
     config.dtype = config.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
     with dist.sync_errors():
         require_tokenizer(describe_llava(Path(config.model)), config.model)
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
             llava = Llava.from_pretrained(config.model, getattr(torch, config.dtype), dist.device).eval()
             require_finite(llava, config.model)
         answer_rows(llava, rows, image_sizes, todo, config, dist)
-        dist.all_gather("done")                                      # a barrier: all partial files are complete
+        dist.barrier()                                               # now all partial files are complete
     dist.broadcast_from_rank0(lambda: write_out(rows, config))
 
 

@@ -122,9 +122,11 @@ def check_file(path: str, config: Config) -> tuple[list[dict], dict]:
 def parser_of(row: object) -> Callable | None:
     """How the rows of a file are read, by its first row that has the key of a kind; None: this row has none."""
     keys = row.keys() if isinstance(row, dict) else set()
-    if keys & {"chosen", "rejected"}:
+    if "chosen" in keys:
         return parse_pair
-    return parse_instruction if keys & {"conversations", "messages"} else None
+    if keys & {"conversations", "messages"}:
+        return parse_instruction
+    return parse_pair if "rejected" in keys else None
 
 
 def open_model(config: Config):

@@ -518,10 +518,14 @@ def exposed_seconds(passes: dict[str, Counter], sent: dict[str, float], config: 
 # -----------------------------------------------------------------------------
 # A run: its batches, its steps, its hours
 
+def micro_batch(config: Config, tokens: int) -> Batch:
+    """A micro-batch of rows of that length."""
+    return Batch.of(config, config.micro_batch_size, tokens, tokens)
+
+
 def longest_rows(config: Config, longest: int | None = None) -> Batch:
     """A micro-batch of the longest rows: batches are sorted by length, so there will be one."""
-    longest = (longest or config.max_length) + config.on_policy_tokens * bool(config.on_policy)
-    return Batch.of(config, config.micro_batch_size, longest, longest)
+    return micro_batch(config, (longest or config.max_length) + config.on_policy_tokens * bool(config.on_policy))
 
 
 def average_step(student: Llava, config: Config, mean: float | None = None) -> Batch:
@@ -584,7 +588,7 @@ def report(config: Config, world_size: int, lengths: np.ndarray | list[int] | No
              + f"; teacher {config.teacher}" * bool(config.teacher), ""]
     lines += columns(["parameters", "all", "active per token", "trainable"], parameter_rows(student, teacher, config))
 
-    batches = longest_rows(config, longest), longest_rows(config, round(step.tokens))
+    batches = longest_rows(config, longest), micro_batch(config, round(step.tokens))
     items, average = (memory(student, teacher, config, world_size, batch) for batch in batches)
     sizes = [[item, size / 1e9, other / 1e9] for (item, size), other in zip(items.items(), average.values())]
     heads = ["GB per GPU", *(f"{batch.rows} x {batch.tokens:.0f} positions" for batch in batches)]
@@ -733,8 +737,8 @@ def table_row(name: str, flags: list[str], world_size: int) -> tuple[str, list[f
     config = configure([str(CONFIGS / f"{name}.py"), *flags])
     student, teacher = build(config)
     step, steps = average_step(student, config), paper_steps(config)
-    most, usual = (sum(memory(student, teacher, config, world_size, longest_rows(config, longest)).values())
-                   for longest in (None, round(step.tokens)))
+    most, usual = (sum(memory(student, teacher, config, world_size, batch).values())
+                   for batch in (longest_rows(config), micro_batch(config, round(step.tokens))))
     fits = " and ".join(card for card, room in CARDS.items() if most <= room) or "neither"
     passes = flops(student, teacher, config, step)
     total, seconds = sum(parts.total() for parts in passes.values()), gpu_seconds(passes, config)

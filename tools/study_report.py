@@ -150,7 +150,8 @@ def write_report(results: Path, page: Path, assets: Path) -> None:
             "tables above. Hallucination, phantoms (captions that name a missing partner) and KL: lower is better.\n\n"
             + arms_table(first)]
     if fresh:
-        arms.append(f"The same on the seeds {OWN_SEEDS[0]} to {OWN_SEEDS[-1]}:\n\n{arms_table(fresh)}")
+        seeds = sorted({seed for _, seed in fresh})
+        arms.append(f"The same on the seeds {seeds[0]} to {seeds[-1]}:\n\n{arms_table(fresh)}")
     body = "\n\n".join([tuning_table(tuning), summary(lines), operating_point(first), *question_tables(findings, lines), *arms,
                         undecided(findings), compute(lines)])
     text = read_text(page) if page.exists() else f"# The study\n\n{BEGIN}\n{END}\n"

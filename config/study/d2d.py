@@ -1,6 +1,6 @@
 # The same student, rows and steps as sft.py, by the KL to the teacher's distributions.
-#   python -m tools.study --arms=kd --seeds=100 --results=out/study.jsonl     what it starts from, then this
-#   python train.py config/study/d2d.py --seed=100 --out_dir=out/mine         after that, this alone
+#   python -m tools.study --arms=kd --seeds=100 --results=out/study.jsonl    what it starts from, then this
+#   python train.py config/study/d2d.py --seed=100 --out_dir=out/mine/d2d    after that, this alone
 stage = "d2d"
 student = "out/study/seed_100/warm"
 teacher = "out/study/seed_100/teacher"

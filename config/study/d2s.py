@@ -1,6 +1,6 @@
 # The second stage of two: 120 steps of d2d.py, then these.
-#   python -m tools.study --arms=paper --seeds=100 --results=out/study.jsonl     what it starts from, then this
-#   python train.py config/study/d2s.py --seed=100 --out_dir=out/mine            after that, this alone
+#   python -m tools.study --arms=paper --seeds=100 --results=out/study.jsonl    what it starts from, then this
+#   python train.py config/study/d2s.py --seed=100 --out_dir=out/mine/d2s       after that, this alone
 stage = "d2s"
 student = "out/study/seed_100/d2d_first"
 teacher = "out/study/seed_100/teacher"

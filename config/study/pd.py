@@ -1,6 +1,6 @@
 # Preference distillation after d2s.py.
-#   python -m tools.study --arms=dpo_true --seeds=100 --results=out/study.jsonl     what it starts from, then this
-#   python train.py config/study/pd.py --seed=100 --out_dir=out/mine                after that, this alone
+#   python -m tools.study --arms=dpo_true --seeds=100 --results=out/study.jsonl    what it starts from, then this
+#   python train.py config/study/pd.py --seed=100 --out_dir=out/mine/pd            after that, this alone
 stage = "pd"
 student = "out/study/seed_100/paper"
 teacher = "out/study/seed_100/teacher"

@@ -1,6 +1,6 @@
 # The study's reference: the warm student on an arm's 700 rows, by cross-entropy.
-#   python -m tools.study --arms=sft --seeds=100 --results=out/study.jsonl     what it starts from, then this
-#   python train.py config/study/sft.py --seed=100 --out_dir=out/mine          after that, this alone
+#   python -m tools.study --arms=sft --seeds=100 --results=out/study.jsonl    what it starts from, then this
+#   python train.py config/study/sft.py --seed=100 --out_dir=out/mine/sft     after that, this alone
 stage = "sft"
 student = "out/study/seed_100/warm"
 data = "out/study/seed_100/world/train/arm.json"

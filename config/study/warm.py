@@ -1,8 +1,8 @@
 # The study's warm student, second half. From scratch a student stays at chance on yes/no and color for hundreds of
 # steps and then gets both within about 100; when, is chance, and would hide what the arms differ in. So every arm of a
 # seed starts behind that point, from this student, and is trained on other scenes.
-#   python -m tools.study --arms=warm --seeds=100 --results=out/study.jsonl     what it starts from, then this
-#   python train.py config/study/warm.py --seed=100 --out_dir=out/mine          after that, this alone
+#   python -m tools.study --arms=warm --seeds=100 --results=out/study.jsonl    what it starts from, then this
+#   python train.py config/study/warm.py --seed=100 --out_dir=out/mine/warm    after that, this alone
 stage = "sft"
 student = "out/study/seed_100/warm_align"
 data = "out/study/seed_100/world/train/warm.json"

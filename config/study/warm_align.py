@@ -1,6 +1,6 @@
 # The study's warm student, first half: the adaptor, on captions. One per seed.
-#   python -m tools.study --arms=warm --seeds=100 --results=out/study.jsonl     what it starts from, then this
-#   python train.py config/study/warm_align.py --seed=100 --out_dir=out/mine    after that, this alone
+#   python -m tools.study --arms=warm --seeds=100 --results=out/study.jsonl                what it starts from, then this
+#   python train.py config/study/warm_align.py --seed=100 --out_dir=out/mine/warm_align    after that, this alone
 stage = "align"
 vision = "out/study/seed_100/world/base/vision"
 llm = "out/study/seed_100/world/base/llm_student"

@@ -335,7 +335,7 @@ def test_impossible_vision_towers(folder, changes):
 
 @pytest.mark.parametrize("changes", [
     {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [0.5, 0.5, 0.5]}, {"image_mean": [1, 0, 0]}, {"image_mean": "imagenet"},
-    {"do_normalize": False}, {"do_rescale": False}])
+    {"image_mean": 0.5}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
 @pytest.mark.parametrize("kind", ["llava", "clip"])
 def test_a_tower_that_was_trained_on_other_pixels_is_refused(folder, clip_folder, qwen_folder, tmp_path, kind, changes):
     place = folder if kind == "llava" else shutil.copytree(clip_folder, tmp_path / "clip")
@@ -347,6 +347,9 @@ def test_a_tower_that_was_trained_on_other_pixels_is_refused(folder, clip_folder
     load()
     edit(path, **changes)
     assert f"preprocessor_config.json: {next(iter(changes))}" in line_of(load)
+    (place / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(path.read_text())}))
+    path.unlink()
+    assert f"/processor_config.json: {next(iter(changes))}" in line_of(load)
 
 
 def test_describing_a_folder_allocates_nothing(folder, monkeypatch):

@@ -5,8 +5,8 @@
 #   torchrun --nproc_per_node=16 train.py config/d2s.py --student=out/2b/sft --teacher= --kd_weight=0.0 --out_dir=out/2b/sft_sparse
 #
 # The last line makes it sparse on the rows of d2s.py, again without a teacher, so that both students have seen the same
-# rows; if d2s ran with another --data, give it that, too. (The official script for this baseline passes the module names of another Qwen and may have trained the
-# routers only; Table 6 could be affected.) Hardware: 16 A100s of 80 GB.
+# rows; if d2s ran with another --data, give it that, too. (The official script for this baseline passes the module names
+# of another Qwen and may have trained the routers only; Table 6 could be affected.) Hardware: 16 A100s of 80 GB.
 stage = "sft"
 student = "out/2b/align"
 data = ",".join([

@@ -112,6 +112,8 @@ class Calls(TorchFunctionMode):
             with self:
                 return torch.autograd.graph._engine_run_backward(
                     (args[0],), (torch.ones_like(args[0]),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        if function is Tensor.pin_memory:
+            return args[0]
         if function in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self.to(function, *args, **kwargs)
         if function is Tensor.numpy and device_of(args[0]) == CUDA:
@@ -227,6 +229,8 @@ def pretend_cuda() -> Iterator[Gpu]:
                     (device_of(lists[0][0]), dtype): groups for (_, dtype), groups in group(lists).items()}),
                 (torch, "set_float32_matmul_precision", lambda precision: setattr(gpu, "matmul_precision", precision)),
                 (torch.cuda, "is_available", lambda: True), (torch.cuda, "set_device", lambda device: None),
+                # A CUDA build of torch would otherwise ask its driver, for pinned memory and in Adam's check of CUDA graphs.
+                (torch.accelerator, "current_accelerator", lambda check_available=False: None),
                 (torch.cuda, "max_memory_allocated", lambda: 10**9), (torch.cuda, "synchronize", lambda: gpu.wait("synchronize")),
                 (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))):
             stack.enter_context(patch.object(target, name, replacement))

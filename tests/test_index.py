@@ -323,7 +323,7 @@ def test_rows_are_where_the_reader_says(tmp_path):
 def test_malformed_json_is_found_where_json_finds_it(tmp_path):
     whole = json.dumps(MIXED[:3], indent=1, ensure_ascii=False)
     texts = [whole[:n] for n in range(7, len(whole), 7)] + [
-        whole + "]", whole + " x", "[1 2]", "[1}", '["\t"]', '["\\x"]', '["\\u12G4"]', "[nul]", "[1.]", "[-]", "[1,]",
+        whole + "]", whole + " x", "[1 2]", "[1}", '["\t"]', '["\\x"]', '["\\u12G4"]', "[nul]", "[1.]", "[-]",
         '[{"a"}]', '[{"a":1 "b":2}]', '[{"a": 1,}]', "[\n\n1,\n,2]", "[" + " " * 99 + "\n\n é]", '["a\nb"]',
         '[{"é": "中" é}]']
     for i, text in enumerate(texts):
@@ -335,6 +335,9 @@ def test_malformed_json_is_found_where_json_finds_it(tmp_path):
             list(scan_rows(str(path)))
         error, line = theirs.value, str(ours.value)
         assert line.startswith(f"{path} line {error.lineno}: malformed JSON, {error.msg} at column {error.colno}"), text
+    path.write_text("[1\n, ]")                                       # json's own words for this depend on Python's version
+    with pytest.raises(UserError, match="line 2: malformed JSON, Illegal trailing comma before end of array at column 1"):
+        list(scan_rows(str(path)))
 
 
 # -----------------------------------------------------------------------------

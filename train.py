@@ -43,7 +43,7 @@ from engine import distributed, log, resume
 from engine.chunked import chunked_loss
 from engine.distributed import Dist
 from engine.files import digest_of_folder, write_lines
-from engine.hf import check_same_tokens, describe_llava, require_tokenizer, router_dtype, same_vision
+from engine.hf import check_same_tokens, describe_llava, require_tokenizer, same_vision, stored_dtype
 from engine.index import InstructionData, PreferenceData, RowData, digest, parse_sources
 from engine.on_policy import is_on_policy, sample_answers
 from engine.resume import Stop
@@ -599,6 +599,7 @@ def setup(config: Config, dist: Dist) -> Run | None:
         if dist.rank == 0:
             resume.lock(out_dir, first_step)
             resume.go_back(out_dir, first_step)
+            # All of MAY_CHANGE, whatever the loss: a run's digest must stay what it is in the states that it has saved.
             resume.write_run(out_dir, config, [*MAY_CHANGE, *INPUTS], digests, dist.world_size)
             if dataset.wrong:
                 write_lines(out_dir / "bad_rows.jsonl", dataset.wrong)
@@ -635,7 +636,7 @@ def choose_trainable(student: Llava, config: Config, dtype: torch.dtype) -> None
     for name, parameter in student.named_parameters():
         parameter.requires_grad = not name.startswith("vision.") and any(pattern in name for pattern in patterns)
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(router_dtype(dtype) if ".router." in name else dtype)
+            parameter.data = parameter.data.to(stored_dtype(name, dtype))
     if config.train_dense_ffn and len(student.decoder.config.sparse_layers) == student.decoder.config.n_layer:
         raise UserError("train_dense_ffn=True: has no effect, since every layer of this student is sparse; leave it out")
 

@@ -556,14 +556,16 @@ def load_tensors(llava: Llava, towers: list[str], folder: Path, dtype: torch.dty
     states = {tower: {} for tower in towers}
     for key, tensor in read_tensors(folder, shapes, rename):
         tower, name = ours[key]
-        states[tower][name] = tensor.to(device=device, dtype=router_dtype(dtype) if ".router." in name else dtype).contiguous()
+        states[tower][name] = tensor.to(device=device, dtype=stored_dtype(name, dtype)).contiguous()
     for tower in towers:
         getattr(llava, tower).load_state_dict(states[tower], strict=True, assign=True)
 
 
-def router_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Routers are stored and kept in fp32 at least: rounded to bf16, some tokens would go to other experts than in training."""
-    return torch.promote_types(dtype, torch.float32)
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a parameter, by our name or the published one, where the others have `dtype`. Routers are stored and kept in fp32 at
+    least: rounded to bf16, some tokens would go to other experts than in training."""
+    is_router = name.endswith((".router.weight", ".mlp.gate.weight"))
+    return torch.promote_types(dtype, torch.float32) if is_router else dtype
 
 
 class SkipInit(TorchFunctionMode):
@@ -671,8 +673,7 @@ def published_tensors(llava: Llava, weights: dict[str, torch.Tensor] | None = No
 def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None = None,
                  max_shard_bytes: int = 5 * 10**9) -> None:
     """`model.safetensors`, or shards of at most `max_shard_bytes` with an index."""
-    dtypes = {key: dtype or tensor.dtype for key, tensor in tensors.items()}
-    dtypes |= {key: router_dtype(kind) for key, kind in dtypes.items() if key.endswith(".mlp.gate.weight")}
+    dtypes = {key: stored_dtype(key, dtype or tensor.dtype) for key, tensor in tensors.items()}
     sizes = {key: tensor.numel() * dtypes[key].itemsize for key, tensor in tensors.items()}
     shards, room = [[]], max_shard_bytes
     for key, size in sizes.items():

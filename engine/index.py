@@ -115,9 +115,9 @@ def read_list(path, file):
         at = skip_space(text, end)
         mark = text[at:at + 1]
         if mark == ",":
-            if text.startswith("]", skip_space(text, at + 1)):
-                raise malformed(path, text, at, "Illegal trailing comma before end of array")
-            at += 1
+            comma, at = at, skip_space(text, at + 1)
+            if text.startswith("]", at):
+                raise malformed(path, text, comma, "Illegal trailing comma before end of array")
         elif mark != "]":
             raise malformed(path, text, at, "Expecting ',' delimiter")
     end = skip_space(text, at + 1)
